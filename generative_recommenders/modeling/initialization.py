@@ -17,9 +17,9 @@ def truncated_normal_(x: torch.Tensor, std: float, generator: torch.Generator | 
 
 
 def drawn_rows(num_rows: int, width: int, std: float, first: int, stop: int) -> torch.Tensor:
-    """Rows [first, stop) of ``[num_rows, width]`` by `truncated_normal_`: the same numbers, and no memory of the
+    """Rows [first, stop) of ``[num_rows, width]`` by `truncated_normal_`: the same numbers, without memory for the
     others."""
-    # All rows are drawn, those of others too: a process then begins with the numbers of one table.
+    # The rows of other processes are drawn too, so that all shards together are one table.
     kept, scratch = torch.empty(stop - first, width), torch.empty(min(BLOCK, num_rows), width)
     for start in range(0, num_rows, BLOCK):
         block = truncated_normal_(scratch[: num_rows - start], std)

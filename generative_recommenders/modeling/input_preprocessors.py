@@ -1,8 +1,8 @@
 """Input preprocessors: item embeddings, positions and event columns to the inputs of an encoder.
 
 A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and events, one value per
-token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved
-double it), so it also says at which of its tokens the state after input token t is read.
+token) and returns the encoder's tokens, an ``EncoderInput``. It may change the layout (interleaved ratings double the
+tokens), so it also says at which of its tokens the state after input token t is read.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class EncoderInput:
 class InputPreprocessor(torch.nn.Module):
     """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
 
-    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: encoder's tokens for
-    each token of the history.
+    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: tokens of the encoder
+    for each event of the history.
     """
 
     SUPPLIED = frozenset({"max_length", "embedding_dim", "item_embedding_dim"})
@@ -58,7 +58,7 @@ class InputPreprocessor(torch.nn.Module):
     tokens_per_item = 1
     needs_ratings = False
     appendable = True
-    """Whether what a token is given does not depend on those after it."""
+    """Whether a token's input stays the same when later events follow."""
 
     def __init__(self, max_length: int, embedding_dim: int, dropout_rate: Share = 0.2) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class InputPreprocessor(torch.nn.Module):
         if layout.longest > len(self.position):
             raise UserError(
                 f"a history of {layout.longest} tokens, and the model has {len(self.position)} positions: "
-                "keep the latest alone"
+                "keep only the latest ones"
             )
         x = torch.add(lookup_rows(self.position, self.places(layout)), x, alpha=self.embedding_dim**0.5)
         return layout.mask(self.dropout(x))
@@ -94,14 +94,14 @@ class LearnablePositionalEmbeddingFromEnd(LearnablePositionalEmbeddingInputFeatu
     """``sqrt(D) item + position``, the newest event at the last row, as in programs that pad on the left (RePlay,
     RecTools).
 
-    A further event moves all others by one, so histories cannot be encoded piece by piece.
+    A further event moves all others by one, so histories cannot be encoded incrementally.
     """
 
     appendable = False
 
     def places(self, layout: Layout) -> torch.Tensor:
         to_end = layout.lengths.index_select(0, layout.row_of) - layout.positions
-        # Past a padded row's end the count goes below 0; those tokens are masked afterwards.
+        # Below 0 past the end of a padded row, whose tokens are masked afterwards.
         return (len(self.position) - to_end).clamp(max=len(self.position) - 1)
 
 
@@ -171,7 +171,7 @@ def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
 
 
 def double_layout(layout: Layout) -> Layout:
-    """Every token becomes two, side by side; what an item token saw, both of its tokens see."""
+    """Every token becomes two, side by side, which attend to what it attended to."""
     if layout.valid is not None:
         doubled = padded_layout(layout.lengths * 2, layout.max_length * 2)
     else:

@@ -25,7 +25,7 @@ class ModelInputs:
     """Histories as a model reads them.
 
     features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens. read: ``[M]``
-    int64 tokens whose state is wanted, or None for all T in order. replaced: ``[T]`` bool, tokens that receive the mask
+    int64 tokens whose states are read, or None for all T in order. replaced: ``[T]`` bool, tokens that get the mask
     embedding instead of their item's, or None where there are none.
     """
 
@@ -41,7 +41,7 @@ class ModelInputs:
 
 
 class QueryReader(ABC):
-    """The side of an objective that a model needs to encode queries."""
+    """The part of an objective that a model needs to encode queries."""
 
     uses_mask = False
     """Whether predicted positions hold the mask embedding, so that a query needs a mask slot and the attention mask is
@@ -49,7 +49,8 @@ class QueryReader(ABC):
 
     @abstractmethod
     def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None.
+        """Inputs with one position to read in each row, whose state predicts the next item; ``read`` may be None for
+        each row's last token.
 
         padded: in a layout of whole rectangles, which can be exported.
         """
@@ -64,7 +65,7 @@ class LastEventReader(QueryReader):
 
 
 def history_inputs(features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-    """All real tokens of the histories, each seeing those before it."""
+    """All real tokens of the histories, each attending to those before it."""
     layout = layout_of(features.past_lengths, features.past_ids, padded)
     return ModelInputs(features=features, layout=layout, past_ids=layout.flatten(features.past_ids))
 

@@ -26,8 +26,8 @@ class ItemRows:
     weight: ``[U, D]``. ids: ``[U]`` int64 ids of those rows, as of `ops.embedding.sorted_unique`, or None when
     ``weight`` holds 0..V in order.
     row_of_item: ``[V + 1]`` int64, the id that an item's row goes by, or None where it is the item's own id.
-    norm_eps: the least norm that ``weight`` is divided by where items are scored; None where it is scored as it is.
-    late: of a leaf, what `gradient` adds to that of ``weight``.
+    norm_eps: lower bound of the norm that ``weight`` is divided by when items are scored; None for no normalisation.
+    late: of a leaf, gradients of lookups that `gradient` adds to that of ``weight``.
     """
 
     weight: torch.Tensor
@@ -37,7 +37,7 @@ class ItemRows:
     late: LateGradients | None = None
 
     def index(self, item_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ``weight`` for item ids of any shape; every one must be held."""
+        """Rows of ``weight`` for item ids of any shape, all of which must be held."""
         ids = item_ids if self.row_of_item is None else self.row_of_item[item_ids]
         return ids if self.ids is None else places_of(self.ids, ids)
 
@@ -55,7 +55,7 @@ class ItemRows:
         return total
 
     def normalized(self) -> ItemRows:
-        """The rows as they are scored, in full precision where they are of norm 1."""
+        """The rows as they are scored; in full precision where they are normalised."""
         if self.norm_eps is None:
             return self
         return replace(self, weight=l2_normalize(self.weight.float(), self.norm_eps), norm_eps=None)
@@ -80,7 +80,7 @@ class ItemEmbedding(torch.nn.Module):
     """
 
     SUPPLIED = frozenset({"num_items", "embedding_dim", "num_rows", "item_category"})
-    """Passed by the program where a constructor asks for it; what else it takes are options."""
+    """Passed by the program where a constructor asks for it; all other arguments are options."""
     tower: torch.nn.Module | None
 
     def __init__(
@@ -101,22 +101,22 @@ class ItemEmbedding(torch.nn.Module):
     shard: RowShard | None = None
     """The rows that this process holds of a table that is sharded; None where the table is whole."""
     kept: TorchRecTable | None = None
-    """What keeps and updates these rows where the program does not."""
+    """TorchRec's table, where TorchRec stores and updates the rows."""
 
     def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
-        """The table as training begins with it."""
+        """The table at the start of training."""
         return truncated_normal_(torch.empty(num_rows, self.embedding_dim), std)
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
-        # A leaf of its own: its gradient is as large as the rows that are read, not as the table. ``late`` is filled by
-        # lookups as the backward pass comes to them.
+        # A leaf of its own, so that its gradient is as large as the rows that are read, not as the table. Lookups fill
+        # ``late`` in the backward pass.
         table = self.table.detach()
         weight = table if row_ids is None else table.index_select(0, row_ids)
         return ItemRows(weight.requires_grad_(self.table.requires_grad), row_ids, late=[])
 
     def rows(self, item_ids: torch.Tensor) -> ItemRows:
-        """Rows of the table, those of ``item_ids`` (any shape) among them."""
+        """Rows of the table, at least those of ``item_ids`` (any shape)."""
         return self.all_rows()
 
     def all_rows(self) -> ItemRows:

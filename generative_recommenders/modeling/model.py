@@ -32,8 +32,8 @@ from generative_recommenders.types import Batch, SequentialFeatures
 class SequenceEncoder(torch.nn.Module):
     """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states.
 
-    context_merger: called as ``(states [T, D], events) -> [T, D]`` before the postprocessor, to bring in what is known
-    of the query beside its history. event_features: adds event columns to the items, before any preprocessor.
+    context_merger: called as ``(states [T, D], events) -> [T, D]`` before the postprocessor, to add what is known of a
+    query beside its history. event_features: adds event columns to the items, before the preprocessor.
     """
 
     def __init__(
@@ -49,8 +49,7 @@ class SequenceEncoder(torch.nn.Module):
         self.context_merger, self.event_features = context_merger, event_features
 
     def forward(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input
-        token."""
+        """items: ``[T, D]`` item embeddings. Returns ``[T, D']``: the state after each input token."""
         inputs = self.encoder_input(items, layout, events)
         states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
@@ -58,13 +57,13 @@ class SequenceEncoder(torch.nn.Module):
         return layout.mask(self.query_states(states, events))
 
     def encoder_input(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> EncoderInput:
-        """The encoder's input of the history's tokens."""
+        """The encoder's input, from item embeddings ``[T, D]``."""
         if self.event_features is not None:
             items = self.event_features(items, events)
         return self.preprocessor(items, layout, events)
 
     def query_states(self, states: torch.Tensor, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Postprocessed states of the encoder, with what is known of the query beside its history."""
+        """Query states from the encoder's."""
         if self.context_merger is not None:
             states = self.context_merger(states, events)
         return self.postprocessor(states)
@@ -72,12 +71,12 @@ class SequenceEncoder(torch.nn.Module):
     def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
 
-        Where that pays, an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the
-        last tokens of the R rows that have some; in evaluation, of causal histories.
+        In evaluation a causal encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the
+        last tokens of the R non-empty rows alone, where that is faster.
         """
         encoder: Any = self.encoder
-        alone = hasattr(encoder, "encode_last") and encoder.causal and not self.training
-        if not (alone and last_tokens_pay(layout, items)):
+        can_encode_last = hasattr(encoder, "encode_last") and encoder.causal and not self.training
+        if not (can_encode_last and last_tokens_pay(layout, items)):
             return layout.at_end(self(items, layout, events))
         inputs = self.encoder_input(items, layout, events)
         filled = layout.lengths > 0
@@ -98,8 +97,8 @@ class SequenceEncoder(torch.nn.Module):
     ) -> tuple[torch.Tensor, HistoryCache]:
         """The states ``[B, D']`` after `forward` of histories extended by ``items [T, D]``, and their cache.
 
-        layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be
-        encoded piece by piece.
+        layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where the parts cannot
+        encode histories incrementally.
         """
         preprocessor, encoder = type(self.preprocessor).__name__, type(self.encoder).__name__
         if not self.preprocessor.appendable:
@@ -124,17 +123,17 @@ class MaskEmbedding(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(embedding_dim).normal_(std=std))
 
     def forward(self, embeddings: torch.Tensor, replaced: torch.Tensor) -> torch.Tensor:
-        """``embeddings [..., D]`` (rectangles or jagged) with those at ``replaced [...]`` exchanged."""
+        """``embeddings [..., D]`` (rectangles or jagged), those at ``replaced [...]`` by the mask embedding."""
         return torch.where(replaced[..., None], self.weight.to(embeddings.dtype), embeddings)
 
 
 class SequenceRecommender(torch.nn.Module):
-    """A sequence encoder over item embeddings, with a similarity to score items by.
+    """A sequence encoder over item embeddings, with a similarity that scores items.
 
     Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
 
-    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given. autocast:
-    the dtype of the items that the encoder reads and of its products, in training and evaluation alike, or None.
+    objective: makes the inputs of queries, see `QueryReader`; a query is the state after the last event unless given.
+    autocast: dtype of the encoder's item embeddings and products, in training and evaluation alike, or None.
     """
 
     similarity: Similarity
@@ -169,8 +168,8 @@ class SequenceRecommender(torch.nn.Module):
         """Queries for the next item after each history.
 
         batch: the columns of an evaluation loader (``item_ids [B, N]``, ``lengths [B]``, event columns), or features. A
-        row without events gets the state 0, or in a masked model that of its mask slot alone. padded: computes whole
-        rectangles, as an exporter needs it.
+        row without events gets the state 0, or in a masked model that of its mask slot alone. padded: encode whole
+        rectangles, as exports need.
         """
         if isinstance(batch, SequentialFeatures):
             features = batch
@@ -182,8 +181,7 @@ class SequenceRecommender(torch.nn.Module):
 
     @torch.no_grad()
     def catalogue(self) -> Snapshot:
-        """All items as scored: through the tower, normalised, with MoL's components. It does not follow later
-        updates."""
+        """All items as they are scored now: through the tower, normalised, with MoL's components."""
         return self.similarity.snapshot(self.items.all_item_embeddings())
 
     def score(self, queries: Queries, items: Snapshot | torch.Tensor) -> torch.Tensor:
@@ -200,9 +198,9 @@ class SequenceRecommender(torch.nn.Module):
 
     def states(self, inputs: ModelInputs, rows: ItemRows | None = None, last: bool = False) -> torch.Tensor:
         """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given. last: at each
-        row's last token, ``[B, D]``, whatever is to be read.
+        row's last token, ``[B, D]``, instead.
 
-        UserError where a masked model is given no masked position: its states at shown items name nothing.
+        UserError where a masked model is given no masked position: it predicts nothing at the items that are shown.
         """
         # Histories look up the table itself, also where candidates go through a tower.
         items = self.items.history_rows(self.items.rows(inputs.past_ids) if rows is None else rows)
@@ -228,7 +226,7 @@ class SequenceRecommender(torch.nn.Module):
         past_events: Mapping[str, torch.Tensor] | None = None,
         batch_id: int | None = None,
     ) -> torch.Tensor:
-        """Encodes whole rectangles of causal models. batch_id: of the published signature, and not read, as there.
+        """Encodes whole rectangles, in causal models. batch_id: part of the published signature, unused there too.
 
         past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_events: see
         `types.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.
@@ -250,7 +248,7 @@ class SequenceRecommender(torch.nn.Module):
     ) -> tuple[torch.Tensor, HistoryCache]:
         """`encode_query` of the cached histories followed by further items, computed on the new items alone.
 
-        cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
+        cache: that of the last call, None at first. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
         new_events: `types.SequentialFeatures`'s of the new items, the same names in every call;
         ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
         Returns the states ``[B, D]`` and the cache that a later call continues from, in float32 also where the model
@@ -282,5 +280,5 @@ class SequenceRecommender(torch.nn.Module):
 
 
 _NEEDS_MASK_SLOT = (
-    "the model was trained to name masked items: its states come from encode_query, which appends the mask slot"
+    "the model was trained to predict masked items: its states come from encode_query, which appends the mask slot"
 )

@@ -1,7 +1,7 @@
 """Item embeddings whose table is sharded by rows over the processes of a run.
 
-A step asks the processes that hold them for the rows it reads, once, and sends their gradients back; each process
-updates its own rows. Losses over the catalogue meet each shard where it lies.
+A step gets the rows it reads from the processes that hold them, once, and sends their gradients back; each process
+updates its own rows. Losses over the catalogue are computed where each shard lies.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RoutedRows(ItemRows):
 
 
 class ShardedItemEmbedding(ItemEmbedding):
-    """One trained row an item, of which each process holds a part; ``table [stop - first, D]``, see `RowShard`.
+    """One trained row per item, of which each process holds a part; ``table [stop - first, D]``, see `RowShard`.
 
-    It begins with the numbers that an unsharded table would.
+    Its initial numbers are those of an unsharded table.
     """
 
     shard: RowShard
@@ -101,9 +101,9 @@ class ShardedItemEmbedding(ItemEmbedding):
 
 
 class TorchRecItemEmbedding(ShardedItemEmbedding):
-    """A sharded table whose rows TorchRec keeps, exchanges and, by row-wise Adagrad in its backward pass, updates.
+    """A sharded table whose rows TorchRec stores, exchanges and updates, by row-wise Adagrad in its backward pass.
 
-    The numbers are those of `ShardedItemEmbedding` and that optimizer. What is scored are gathered rows, not the shard.
+    The numbers are those of `ShardedItemEmbedding` with that optimizer. Only gathered rows are scored, not the shard.
     """
 
     kept: TorchRecTable

@@ -27,7 +27,7 @@ from generative_recommenders.types import LossOutput
 MAX_POSITIONS = 1 << 20
 """More than a history has, so that row and position make one number."""
 Sums = dict[str, torch.Tensor]
-"""Of auxiliary losses by name: what is added up over processes before the losses are made from it."""
+"""By name of an auxiliary loss: sums that are added up over processes before the loss is made of them."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,13 @@ class PreparedBatch:
     numbers_rows: bool = False
 
     def token_rows(self, purpose: int) -> AbstractContextManager[None]:
-        """Rows of dropout are the example's tokens, by their row and position in the global batch; see
-        `numbers_rows`."""
+        """Within it, dropout is drawn by the tokens' rows and positions in the global batch; see `numbers_rows`."""
         if not self.numbers_rows:
             return nullcontext()
         return numbered_rows.opened(NumberedRows(stream_key(self.key, purpose), self._token_numbers()))
 
     def target_rows(self, purpose: int, items: ItemRows) -> AbstractContextManager[None]:
-        """Rows of dropout are the positions that are read, and for what is computed for each item, the items by their
-        ids."""
+        """The same for the positions that are read; for what is computed of each item, by the items' ids."""
         if not self.numbers_rows:
             return nullcontext()
         tokens, read = self._token_numbers(), self.example.read
@@ -88,7 +86,7 @@ class Criterion(torch.nn.Module):
     needs_negatives = True
     needs_target_pool = False
     sums_over_tokens = True
-    """False where the loss of a token depends on the others, so that processes do not give the numbers of one."""
+    """False where a token's loss depends on other tokens, so that the number of processes changes it."""
 
     def __init__(self, auxiliary_weights: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -106,8 +104,7 @@ class Criterion(torch.nn.Module):
         normalised."""
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
-        """Weighted auxiliary losses of all processes' sums; outside training mode those alone that a similarity makes
-        there."""
+        """Weighted auxiliary losses of all processes' sums; outside training a similarity may make fewer."""
         losses = similarity.auxiliary_losses(sums)
         missing = self.auxiliary_weights.keys() - losses.keys()
         if missing and similarity.training:

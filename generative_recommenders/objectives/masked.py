@@ -1,4 +1,4 @@
-"""Masked-item prediction: which items of a history are hidden, and what may be attended to where they are predicted.
+"""Masked-item prediction: which items of a history are hidden, and what their predictions may attend to.
 
 The discriminator of replaced items is in `replaced`.
 """
@@ -36,7 +36,7 @@ class MaskedObjective(Objective):
 
     uses_mask = True
     hidden_are_seen = True
-    """Whether shown positions attend to hidden ones, as to all."""
+    """Whether visible positions attend to hidden ones too."""
 
     @abstractmethod
     def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, MaskColumns]:
@@ -85,11 +85,11 @@ def masked_layout(features: SequentialFeatures, mask: MaskColumns, padded: bool 
 
 @register_objective("masked", gin_name="masked_objective")
 class MaskedItemObjective(MaskedObjective):
-    """Random items are hidden and named from both sides (MLM; BERT4Rec, arXiv 1904.06690, section 3.6).
+    """Random items are hidden and predicted from both sides (MLM; BERT4Rec, arXiv 1904.06690, section 3.6).
 
-    In every row one real position, drawn uniformly, is hidden for certain and every other one by the given share; if
-    that hides all of them, one is shown again. So rows of two or more items have at least one hidden and one visible; a
-    row with a single item has no target.
+    In every row one real position, drawn uniformly, is hidden for certain and every other one with the given
+    probability; if that hides all of them, one is shown again. So rows of two or more items have at least one
+    hidden and one visible item; a row with a single item has no target.
 
     mask_probability: share of a history that is hidden, beside the one position that always is.
     """
@@ -106,7 +106,7 @@ class MaskedItemObjective(MaskedObjective):
 
 @register_objective("permuted", gin_name="permuted_objective")
 class PermutedObjective(MaskedObjective):
-    """Spans of items are hidden and named in a random order (XLNet, arXiv 1906.08237, section 2), by one attention
+    """Spans of items are hidden and predicted in a random order (XLNet, arXiv 1906.08237, section 2), by one attention
     stream.
 
     Visible items attend to each other. A hidden position attends to the visible items and to the hidden positions
@@ -120,7 +120,7 @@ class PermutedObjective(MaskedObjective):
 
     mask_probability: share of a history that is hidden.
     max_span_length: items of the longest span.
-    permute_all: every item but one at random is hidden and named, not spans alone.
+    permute_all: all items but one at random are hidden and predicted, not spans alone.
     """
 
     hidden_are_seen = False

@@ -106,7 +106,7 @@ class NegativesSampler(torch.nn.Module, ABC):
     """Base. num_negatives: R drawn for each unit of sharing. log_q_correction: give `Negatives.log_q`."""
 
     SUPPLIED = frozenset({"num_items", "num_negatives", "sharing", "counts", "samplers", "assignment"})
-    """Passed by the program where a constructor asks for it; what else it takes are options.
+    """Passed by the program where a constructor asks for it; all other arguments are options.
 
     counts: ``[V]`` training events of each item; samplers: those of a mixture; assignment: ``[C, V]`` bool, items of
     classes.
@@ -126,14 +126,14 @@ class NegativesSampler(torch.nn.Module, ABC):
         units = self.sharing.units(first_token, num_tokens, self.device)
         batch = batch or BatchItems()
         if not num_tokens and batch.pool is not None and not batch.pool.numel():
-            batch = replace(batch, pool=batch.pool.new_ones(1))  # of a draw that nothing is compared with
+            batch = replace(batch, pool=batch.pool.new_ones(1))  # a batch's draw has a shape without tokens too
         ids, q = self.draw(key, units, self.num_negatives, batch)
         log_q = torch.log(q * self.num_negatives) if self.log_q_correction and q is not None else None
         return Negatives(ids, self.sharing, self.sharing.lead(first_token), log_q)
 
     @property
     def device(self) -> torch.device:
-        """Of draws; a sampler without tables has at least an empty buffer, which moves with the module."""
+        """Where it draws: that of an empty buffer, which moves with the module."""
         return self.get_buffer("nothing").device
 
     @abstractmethod

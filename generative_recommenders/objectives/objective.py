@@ -24,7 +24,7 @@ class Objective(QueryReader):
     fixed_shapes = False
     """Whether an example's shapes follow from the number of its tokens; `device_example` is then there."""
     needs_item_table = False
-    """Whether it multiplies states with the item table itself, which an item tower and MoL do not score by."""
+    """Whether it multiplies states by the item table itself, as an item tower and MoL do not."""
 
     @abstractmethod
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
@@ -32,7 +32,7 @@ class Objective(QueryReader):
         from."""
 
     def device_example(self, columns: Mapping[str, torch.Tensor], num_tokens: int) -> TrainingExample:
-        """`example` of columns that are on a device, which is not waited for. num_tokens: T."""
+        """`example` of columns on a device, without synchronising with it. num_tokens: T."""
         raise NotImplementedError
 
     @abstractmethod

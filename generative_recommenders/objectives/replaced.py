@@ -1,5 +1,4 @@
-"""Replaced-item detection: a masked model, and a discriminator that finds what it made up (ELECTRA, arXiv
-2003.10555)."""
+"""Replaced-item detection: a masked model, and a discriminator of the items it sampled (ELECTRA, arXiv 2003.10555)."""
 
 from __future__ import annotations
 
@@ -31,9 +30,9 @@ _FAKES, _DETECTION = 2, 3 << 32
 class ReplacedDetectionCriterion(Criterion):
     """``L_MLM + weight · BCE(discriminator)`` (ELECTRA, section 2).
 
-    The generator is the model under a masked objective; it keeps its loss ``base``. An item sampled from its
-    softmax takes the place of every hidden one, and the discriminator predicts of each token whether it was
-    replaced. Both share the item table. Only the generator is used afterwards.
+    The generator is the model under a masked objective, with its own loss ``base``. An item sampled from its softmax
+    replaces every hidden one, and the discriminator predicts for each token whether it was replaced. Both share the
+    item table. Only the generator is used after training.
 
     discriminator: its encoder. width: of its states. tied: it is the generator's own, whose weights are registered
     there.
@@ -100,7 +99,7 @@ class ReplacedDetectionCriterion(Criterion):
 
 @register_objective("replaced", gin_name="replaced_objective")
 class ReplacedObjective(MaskedItemObjective):
-    """A masked model, and a discriminator that finds what it made up (ELECTRA, arXiv 2003.10555).
+    """A masked model, and a discriminator that detects the items it sampled (ELECTRA, arXiv 2003.10555).
 
     See `ReplacedDetectionCriterion`.
 

@@ -83,7 +83,7 @@ class TrainingTask(torch.nn.Module):
     def prepare_on_device(
         self, columns: Mapping[str, torch.Tensor], key: torch.Tensor, num_tokens: int
     ) -> PreparedBatch:
-        """`prepare` of columns that are on the model's device, which is not waited for; on a single process.
+        """`prepare` of columns on the model's device, without synchronising with it; for a single process.
 
         key: int64 scalar, ``stream_key(seed, step)``. num_tokens: T.
         """

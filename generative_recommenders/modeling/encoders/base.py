@@ -1,4 +1,4 @@
-"""Bases of encoders: blocks one upon the other, over whole histories, their last tokens or further ones."""
+"""Bases of encoders: stacks of blocks over whole histories, over their last tokens, or over appended ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LINEAR_ACTIVATIONS = {"silu": F.silu, "none": lambda x: x}
 class BlockEncoder(torch.nn.Module):
     """A stack of ``blocks``, whose states of a causal history never change when later tokens arrive.
 
-    A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, split where further tokens need no second pass of the
-    others: ``keys_values(x)``, ``[T, H, d]`` each, and ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``,
-    its forward pass of the tokens alone over the keys and values of all.
+    A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, and the same in two parts, by which further tokens are
+    encoded without the others: ``keys_values(x)``, ``[T, H, d]`` each, and
+    ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``, over the keys and values of all tokens.
     """
 
     causal = True
@@ -39,7 +39,7 @@ class BlockEncoder(torch.nn.Module):
         self.output_dim, self.activation_checkpoint = output_dim, activation_checkpoint
 
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """Inputs of every block of a batch beside its tokens, computed once."""
+        """Inputs of every block beside the tokens, computed once for a batch."""
         return ()
 
     def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ class BlockEncoder(torch.nn.Module):
         return ()
 
     def output(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, D]`` states of what the last block gives."""
+        """``[T, D]`` states from the output of the last block."""
         return x
 
     def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class BlockEncoder(torch.nn.Module):
         return layout.mask(self.output(x))
 
     def encode_last(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`: of the last block, queries and feed-forward of the last tokens
+        """See `modeling.model.SequenceEncoder.last`: the last block has queries and a feed-forward of the last tokens
         alone."""
         *before, last = self.blocks
         tokens, appended = last_tokens(layout, events.get("timestamps"))
@@ -90,10 +90,10 @@ class BlockEncoder(torch.nn.Module):
 
 
 class TimedEncoder(BlockEncoder):
-    """Blocks that compare the places and times of two events.
+    """Blocks that compare the positions and times of two events.
 
-    max_length: N, the reach of places. timed: whether times are read. next_time: "given" where a token knows the time
-    of the event after it, else "hidden".
+    max_length: N, the longest distance of positions. timed: whether times are read. next_time: "given" where a token
+    knows the time of the event after it, else "hidden".
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class TimedEncoder(BlockEncoder):
         self.max_length, self.timed, self.next_time = max_length, timed, next_time
 
     def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
-        """What is compared, or None where times are not read or the data have none."""
+        """Times of queries and keys, or None where times are not read or the data have none."""
         keys = events.get("timestamps")
         queries = events.get("next_timestamps") if self.next_time == "given" else keys
         return None if not self.timed or keys is None or queries is None else (queries, keys)
 
     def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
-        # The token was encoded before anyone knew when the event after it would come.
+        # The token was encoded before the time of the event after it was known.
         return self.timed and self.next_time == "given" and "timestamps" in events
 
     def appended_bias(self, events: Mapping[str, torch.Tensor], appended: Appended) -> BiasInputs:
-        """Places and times of appended tokens against those of all; UserError beyond max_length."""
+        """Positions and times of appended tokens against those of all; UserError beyond max_length."""
         if appended.capacity > self.max_length:
             raise UserError(
                 f"a history of {appended.capacity} tokens, and {type(self).__name__}'s max_length is {self.max_length}"

@@ -32,7 +32,7 @@ def lambda_init_of_block(block: int) -> float:
 
 
 class DifferentialAttention(nn.Module):
-    """All of (softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v per head but the two attentions.
+    """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v per head, without the attentions themselves.
 
     Equations 1 to 3: lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init per head. Each head's output is
     RMS-normed, scaled by a weight that the heads share and by (1 - lambda_init); the heads are concatenated
@@ -73,8 +73,7 @@ class DifferentialAttention(nn.Module):
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``[..., D]`` each to heads: q and k ``[..., H, 2 dq]``, the first attention's half beside the second's, and
-        v."""
+        """``[..., D]`` each to heads: q and k ``[..., H, 2 dq]``, both attentions side by side, and v."""
         projected = self.W_q(query), self.W_k(key), self.W_v(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in projected)
         return q, k, v
@@ -91,7 +90,7 @@ class DifferentialAttention(nn.Module):
         return self.W_o(normed.flatten(-2))
 
     def lambdas(self) -> torch.Tensor:
-        """``[H]``: how much of the second attention is taken off (eq. 2)."""
+        """``[H]``: the share of the second attention that is subtracted (eq. 2)."""
         first = (self.lambda_q1 * self.lambda_k1).sum(-1).exp()
         second = (self.lambda_q2 * self.lambda_k2).sum(-1).exp()
         return first - second + self.lambda_init

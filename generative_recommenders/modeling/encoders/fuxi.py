@@ -9,7 +9,8 @@ max_length:
     x = o + W_2 (SiLU(W_g n) * W_1 n),  n = D(RMS(o))         and its second stage
 
 A_position[i, j] is a weight for j - i and A_time[i, j] one for the bucket of the time between the two
-(`ops.attention.tables`): meaning, place and time attend apart, where HSTU adds place and time to the logits.
+(`ops.attention.tables`): content, position and time have channels of their own, where HSTU adds position and time to
+the logits.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class FuxiBlock(torch.nn.Module):
         return u, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
 
     def combine(self, x: torch.Tensor, u: torch.Tensor, attended: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The two stages of the feed-forward. x: ``[T, D]``; u: ``[T, 3 H dv]``; attended: ``[T, H, dv]`` of
-        place, of time unless that is unknown, and of meaning."""
-        if len(attended) < CHANNELS:  # events without times: their channel says nothing
+        """The two stages of the feed-forward. x: ``[T, D]``; u: ``[T, 3 H dv]``; attended: ``[T, H, dv]`` by
+        position, by time unless that is unknown, and by content."""
+        if len(attended) < CHANNELS:  # events without times
             attended = [attended[0], torch.zeros_like(attended[0]), attended[1]]
         h = torch.cat(tuple(attended), dim=-1).flatten(1)  # head by head
         o = x + self.output(self.dropout(F.rms_norm(h, h.shape[-1:], eps=1e-6) * u))
@@ -120,19 +121,19 @@ class FuXi(TimedEncoder):
     ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64,
     seconds.
 
-    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of
-    place.
+    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the longest distance of the
+    positional channel.
     dqk: width of a head's queries and keys.
     dv: width of a head's values, in each channel.
     normalization: accepted as published.
     linear_config: accepted as published; there is one projection to U, V, Q and K.
     linear_activation: activation after that projection.
     linear_dropout_rate: dropout before both stages of the feed-forward.
-    attn_dropout_rate: dropout on the channel of meaning (the authors' code takes it and drops nothing).
+    attn_dropout_rate: dropout on the semantic channel (the authors' code takes it and drops nothing).
     ffn_multiply: hidden width of the second stage over D.
     ffn_single_stage: blocks without the second stage.
-    enable_relative_time_bias: False leaves out the channel of time.
-    next_time: "given": the channel of time may use the time of the event that a position predicts; "hidden": it uses
+    enable_relative_time_bias: False leaves out the temporal channel.
+    next_time: "given": the temporal channel may use the time of the event that a position predicts; "hidden": it uses
     the position's own time.
     """
 

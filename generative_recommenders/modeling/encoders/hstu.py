@@ -108,7 +108,7 @@ class HstuBlock(torch.nn.Module):
         """Eq. 3. x: ``[T, D]``; u, attended: ``[T, H, dv]``."""
         if scale is not None:
             attended = attended * scale[:, None, None]
-        # Sums over few and over many tokens come to one scale here, which a softmax would have had from the start.
+        # Brings sums over few and over many tokens to one scale, which a softmax has from the start.
         a, u = layer_norm(attended.flatten(1), eps=1e-6), u.flatten(1)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x

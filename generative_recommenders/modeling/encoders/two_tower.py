@@ -1,9 +1,9 @@
 """The item tower of a two-tower retriever (doi 10.1145/3366424.3386195): item features to the embeddings that
 are scored.
 
-It is an `ItemEmbedding`, so samplers, losses, index and evaluation do not know it. Histories look up rows of
+It is an `ItemEmbedding`, so that samplers, losses, index and evaluation need not know of it. Histories look up rows of
 the id table; candidates go through the tower, in training only those that a step scores. The query tower is
-any encoder, and a `FeatureMerger` may bring features of the user into its states.
+any encoder, and a `FeatureMerger` may add features of the user to its states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EntityFeature:
 
 
 class FeatureTable(nn.Module):
-    """The values of several features by id, as buffers, so that a checkpoint brings them along."""
+    """The values of several features by id, as buffers, so that checkpoints hold them."""
 
     def __init__(self, features: Sequence[EntityFeature]) -> None:
         super().__init__()
