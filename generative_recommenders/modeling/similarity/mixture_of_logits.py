@@ -1,9 +1,4 @@
-"""Mixture of logits (MoL): gated dot products between several embeddings of the query and of the item.
-
-arXiv 2306.04039 and 2407.15462. With component embeddings f_q [Pq, d] and f_x [Pi, d] and E = Pq * Pi entries
-e = (n, m): ``l_e = <f_q[n], f_x[m]> / temperature``, ``p = softmax(gate(q, x, l))``, ``score = sum_e p_e
-l_e``.
-"""
+"""Mixture of logits (MoL): gated dot products between several embeddings of the query and of the item."""
 
 from __future__ import annotations
 
@@ -52,13 +47,8 @@ ItemsOf = Callable[[slice, slice], ItemComponents]
 """The items of a block of rows and columns: ``[c, ...]`` shared by the rows, or ``[r, c, ...]``."""
 
 
-MixtureSums = tuple[torch.Tensor, torch.Tensor]
-"""Over the pairs of a block: the sums of p ``[E]`` and of p ln p."""
-
-
 class GatingOptions(OptionGroup):
-    """The gate over the entries of the mixture: two layers each of the query, of the item and of the logits
-    (``qi``)."""
+    """The gate over the entries of the mixture: two layers each of the query, the item and the logits (``qi``)."""
 
     prefix: ClassVar[str] = "gating_"
 
@@ -84,7 +74,7 @@ class GatingOptions(OptionGroup):
 class MoLSimilarity(Similarity, MoLComponents):
     """Mixture of logits over query embeddings ``[n, D]`` and item embeddings ``[R, D']``, with the published options.
 
-    With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m):
+    With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and E = Pq * Pi entries e = (n, m):
     ``l_e = <f_q[n], f_x[m]> / temperature``, ``p = softmax(gate(q, x, l))``,
     ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where (query, item) pairs are many,
     they are scored block by block; beyond `KEPT_FLOATS` blocks are computed again in the backward pass, so that memory
@@ -93,12 +83,11 @@ class MoLSimilarity(Similarity, MoLComponents):
     dot_product_dimension: width of a component, d.
     dot_product_l2_norm: components are normalised, so that logits are cosines over the temperature.
     temperature: what logits are divided by.
-    score_temperature: what comes out of the mixture is divided by.
+    score_temperature: what the mixture's sum is divided by.
     softmax_dropout_rate: dropout on the mixture's entries.
     bf16_training: products in bfloat16, in evaluation too, as published.
     eps: least norm and least sum that is divided by.
-    activation_checkpoint: activations are computed again in the backward pass, always and not only where pairs are very
-    many.
+    activation_checkpoint: activations are always computed again in the backward pass, not only for very many pairs.
     mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
     """
 
@@ -164,19 +153,18 @@ class MoLSimilarity(Similarity, MoLComponents):
 
         user_ids: ``[n]`` int64, needed where there are user-id tables. In training mode the auxiliary losses
         of `auxiliary_loss_names` come with them: ``mi_loss`` (arXiv 2407.15462) is
-        sum_e pbar_e ln(pbar_e) minus the mean of sum_e p_e ln(p_e), pbar the mean over all pairs of this
-        call.
+        sum_e pbar_e ln(pbar_e) minus the mean of sum_e p_e ln(p_e), with pbar the mean over all pairs of the call.
         """
         if items.dim() == 3 and items.shape[0] == 1:
             items = items[0]
         with self._autocast(queries):
             query, losses = self.query_components(queries, user_ids)
             if items.dim() == 2:
-                scores, blocks = self._mixed(query, len(items), _shared(self.item_components(items)))
+                scores, sums = self._mixed(query, len(items), _shared(self.item_components(items)))
             else:
                 made = lambda r, c: self.item_components(items[r, c], normalized=False)  # noqa: E731
-                scores, blocks = self._mixed(query, items.shape[1], made, kept_per_item=self.kept_per_item)
-        return scores, self.auxiliary_losses(losses | self._mixture_sums(blocks, scores.numel()))
+                scores, sums = self._mixed(query, items.shape[1], made, kept_per_item=self.kept_per_item)
+        return scores, self.auxiliary_losses(losses | sums)
 
     def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
         """The embeddings ``[V, D']`` and their components."""
@@ -216,8 +204,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         """
         with self._autocast(queries):
             query, losses = self.query_components(queries, user_ids)
-            scores, blocks = self._of_rows(query, items, rows, purpose=0)
-        return scores, losses | self._mixture_sums(blocks, scores.numel())
+            scores, sums = self._of_rows(query, items, rows, purpose=0)
+        return scores, losses | sums
 
     def score_negatives(
         self,
@@ -243,7 +231,7 @@ class MoLSimilarity(Similarity, MoLComponents):
 
     def _of_rows(
         self, query: QueryComponents, items: torch.Tensor, rows: torch.Tensor, purpose: int
-    ) -> tuple[torch.Tensor, list[MixtureSums]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         drops = self.training and self.item_dropout
         # Few pairs are made one by one; but how many a process has must not decide what numbered rows draw.
         few = rows.numel() <= len(items) and numbered_rows.current() is None
@@ -288,8 +276,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         span: slice | None = None,
         purpose: int = 0,
         kept_per_item: int = 0,
-    ) -> tuple[torch.Tensor, list[MixtureSums]]:
-        """``[m, num_items]`` scores of the m queries of a span (all by default), and the sums of their blocks.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """``[m, num_items]`` scores of the m queries of a span (all by default), and the sums of ``mi_loss``.
 
         purpose: of the pairs, for dropout: 0 for positives, 1 for negatives. kept_per_item: floats that items_of keeps
         of each pair.
@@ -310,12 +298,13 @@ class MoLSimilarity(Similarity, MoLComponents):
                 done.append(recomputed(self._mix, *arguments) if again else self._mix(*arguments))
             scores.append(torch.cat([of_block for of_block, _ in done], dim=1))
             sums += [of_block for _, of_block in done if of_block is not None]
-        return torch.cat(scores), sums
+        return torch.cat(scores), {"mi_loss": torch.stack(sums).sum(0)} if sums else {}
 
     def _mix(
         self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice, purpose: int
-    ) -> tuple[torch.Tensor, MixtureSums | None]:
-        """Scores ``[r, c]`` float32 of a block of rows and columns, and its sums where ``mi_loss`` needs them."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores ``[r, c]`` float32 of a block of rows and columns; for ``mi_loss`` also ``[E + 2]``, the sums of p and
+        of p ln p over its pairs, and their number."""
         query_gate = None if query.gate is None else query.gate[rows][:, None]
         with numbered_rows.of_block(rows, 2 * columns.start + purpose):
             items = items_of(rows, columns)
@@ -324,7 +313,7 @@ class MoLSimilarity(Similarity, MoLComponents):
             if self.combination == "none":
                 gate = sum((part for part in (query_gate, items.gate) if part is not None), gate)
             else:
-                assert query_gate is not None and items.gate is not None  # the constructor has made sure
+                assert query_gate is not None and items.gate is not None  # as the constructor makes sure
                 gate = query_gate * items.gate + gate
                 if self.combination == "glu_silu":
                     gate = F.silu(gate)
@@ -340,15 +329,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         # mi_loss is over the positives alone, as published.
         if not (self.training and self.mutual_information) or purpose:
             return scores, None
-        return scores, (p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
-
-    def _mixture_sums(self, blocks: list[MixtureSums], num_pairs: int) -> dict[str, torch.Tensor]:
-        """Of ``mi_loss``: ``[E + 2]``, the sums of p and of p ln p over the blocks' pairs, and the number of pairs."""
-        if not blocks:
-            return {}
-        used, negative_entropy = (torch.stack(each) for each in zip(*blocks))
-        pairs = used.new_full((1,), num_pairs)
-        return {"mi_loss": torch.cat([used.sum(0), negative_entropy.sum()[None], pairs])}
+        negative_entropy, pairs = (p * torch.log(p + _EPS)).sum(), p.new_full((1,), scores.numel())
+        return scores, torch.cat([p.sum((0, 1)), negative_entropy[None], pairs])
 
 
 def _shared(items: ItemComponents) -> ItemsOf:

@@ -201,7 +201,7 @@ class MoLComponents(nn.Module):
         return products.unflatten(1, components.shape[1:3]).mT.flatten(2)
 
     def _normalized(self, components: torch.Tensor) -> torch.Tensor:
-        """Components ``[..., d]``, of norm 1 where asked for."""
+        """Components ``[..., d]``, normalised where ``dot_product_l2_norm`` asks for it."""
         return l2_normalize(components, self.eps) if self.dot_product_l2_norm else components
 
 
@@ -229,5 +229,5 @@ def side_projection(options: QueryOptions | ItemOptions, embedding_dim: int, gro
 
 @cache
 def say_once(line: str) -> None:
-    """Logs how an option stands to the published programs, once a process however many models are built."""
+    """Logs how an option relates to the published programs, once in a process however many models it builds."""
     logging.info(line)
