@@ -24,12 +24,7 @@ from generative_recommenders.ops.layout import jagged_layout
 from generative_recommenders.types import SequentialFeatures
 from golden_parity import GoldenFile, assert_near
 
-POSTPROCESSORS = {
-    "l2": L2NormEmbeddingPostprocessor,
-    "l2_norm": L2NormEmbeddingPostprocessor,
-    "layernorm": LayerNormEmbeddingPostprocessor,
-    "layer_norm": LayerNormEmbeddingPostprocessor,
-}
+POSTPROCESSORS = {"l2": L2NormEmbeddingPostprocessor, "layernorm": LayerNormEmbeddingPostprocessor}
 ENTRANCES = ["padded", "jagged"]
 
 

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.build.parts import (
-    Catalogue,
-    build_task,
-)
+from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import ENCODERS, Registry
 from generative_recommenders.config.schema import RunSettings
@@ -152,13 +149,13 @@ def ten_users() -> dict[str, torch.Tensor]:
     }
 
 
-def training_step(chosen: RunSettings, data: Catalogue, seed: int = 0) -> TrainingStep:
+def training_step(chosen: RunSettings, data: Catalogue, seed: int = 0, learning_rate: float = 1e-2) -> TrainingStep:
     torch.manual_seed(seed)
     task = build_task(chosen, data)
     task.seed = seed
     table = task.model.items.table
     dense = [parameter for parameter in task.parameters() if parameter is not table]
-    return TrainingStep(task, Optimizer(dense, table, AdamW(1e-2, 0.0)), Collectives())
+    return TrainingStep(task, Optimizer(dense, table, AdamW(learning_rate, 0.0)), Collectives())
 
 
 def loaded(columns: dict[str, torch.Tensor], first_row: int = 0, first_token: int = 0) -> LoadedBatch:
@@ -166,10 +163,10 @@ def loaded(columns: dict[str, torch.Tensor], first_row: int = 0, first_token: in
     return LoadedBatch(columns, 0, first_row, first_token, int((columns["lengths"] - 1).sum()))
 
 
-def overfit(name: str, steps: int = 80) -> tuple[float, float]:
+def overfit(name: str, steps: int, learning_rate: float) -> tuple[float, float]:
     """Share of the ten users whose last item comes first, before and after training on all of their events."""
     chosen = settings(**{"item_embedding_dim": 16, "sasrec.ffn_hidden_dim": 16, **EASY[name]})
-    step, columns = training_step(chosen, catalogue()), ten_users()
+    step, columns = training_step(chosen, catalogue(), learning_rate=learning_rate), ten_users()
     before = last_item_first(step.task.model, columns)
     for number in range(steps):
         step(loaded(columns), number)

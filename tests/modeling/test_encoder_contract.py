@@ -212,9 +212,10 @@ def test_every_encoder_and_objective_is_asked_to_overfit() -> None:
 
 @pytest.mark.parametrize("name", EASY)
 def test_overfits_ten_users(name: str) -> None:
-    """The items of ten fixed histories come out first again after a few steps; a mixture of so few groups takes
-    more."""
-    before, after = overfit(name, 140 if name == "MoL" else 80)
+    """The items of ten fixed histories come out first again after a few steps; masks and a mixture of so few groups
+    take more."""
+    slow = {"MoL": 140, "masked": 80, "permuted": 80, "replaced": 80, "replaced, tied": 80}
+    before, after = overfit(name, slow[name], 1e-2) if name in slow else overfit(name, 50, 3e-2)
     assert after > 0.65
     assert before < 0.45
 

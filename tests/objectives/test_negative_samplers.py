@@ -116,7 +116,7 @@ def test_keys_and_units_draw_anew(build) -> None:
     assert len(ids.unique(dim=0)) > 20
 
 
-def test_who_shares_with_whom() -> None:
+def test_which_tokens_share_a_draw() -> None:
     blocks = local(Sharing("block", 8))(KEY, 5, 20)
     rows = blocks.per_token(blocks.ids, 20)
     assert blocks.lead == 5
