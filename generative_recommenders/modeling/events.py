@@ -27,6 +27,11 @@ def columns_of(batch: Events) -> dict[str, torch.Tensor]:
     return events | {name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch}
 
 
+def history_features(batch: Events) -> SequentialFeatures:
+    """The histories of a loader's evaluation batch, with what is known of their events and users."""
+    return SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
+
+
 def past_features(batch: Events) -> SequentialFeatures:
     """The histories of a transformed batch (``past_*`` columns)."""
     stems = (name.removeprefix("past_") for name in batch if name.startswith("past_"))

@@ -16,6 +16,8 @@ from torch import nn
 from generative_recommenders.config.sections import FeatureKind, ListReduction
 from generative_recommenders.errors import UserError
 
+_RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
+
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
@@ -160,6 +162,3 @@ def category_ids(values: Iterable[Hashable], vocabulary: Mapping[Hashable, int],
     if unseen:
         logging.warning("feature %s: %d values were never seen and share the unknown bucket", feature, unseen)
     return ids
-
-
-_RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))

@@ -18,7 +18,7 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
-from generative_recommenders.modeling.events import EventFeatures, columns_of, token_events
+from generative_recommenders.modeling.events import EventFeatures, history_features, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
@@ -171,10 +171,7 @@ class SequenceRecommender(torch.nn.Module):
         row without events gets the state 0, or in a masked model that of its mask slot alone. padded: encode whole
         rectangles, as exports need.
         """
-        if isinstance(batch, SequentialFeatures):
-            features = batch
-        else:
-            features = SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
+        features = batch if isinstance(batch, SequentialFeatures) else history_features(batch)
         inputs = self.objective.query(features, padded).to(self.items.table.device)
         states = self.states(inputs, last=inputs.read is None).float()
         return Queries(states, inputs.features.past_events.get("user_ids"))

@@ -67,6 +67,10 @@ class CatalogueLoss(nn.Module, ABC):
         counted = mask if self.excludes_labels else mask | own
         return self.row_terms(positive, masked_logsumexp(logits, counted), weights)
 
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        """Summed loss of rows; arguments as of `row_terms`."""
+        return weighted(*self.row_terms(positive, statistic, weights))
+
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
     ) -> Tensor:
@@ -111,7 +115,7 @@ class CatalogueLoss(nn.Module, ABC):
             excluded = local.masked_fill(~held, -1) if self.excludes_labels else None
             total, weight, _ = catalogue_sum(
                 hidden, item_weight, positive, weights, excluded, self.statistic,
-                lambda *rows: weighted(*self.row_terms(*rows)), self.memory_bytes, shared,
+                self.row_loss, self.memory_bytes, shared,
             )  # fmt: skip
             total = total + self.linear_term(
                 positive, labels, weights, lambda: total_of(hidden @ (item_weight.sum(0) / num_items))
