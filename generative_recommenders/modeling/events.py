@@ -143,7 +143,7 @@ class EventFeatures(torch.nn.Module):
         self.weights = torch.nn.ParameterDict()
         for feature in self.features:
             rows = () if feature.num_categories is None else (feature.num_categories + 1,)
-            initial = truncated_normal_(torch.empty(*rows, embedding_dim), std=0.02)
+            initial = truncated_normal_(torch.empty(*rows, embedding_dim))
             # of_: a bare name may be a method of modules, as "half"
             self.weights[f"of_{feature.name}"] = torch.nn.Parameter(initial)
 

@@ -167,7 +167,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
 
 
 def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
-    return torch.nn.Parameter(truncated_normal_(torch.empty(num_ratings, embedding_dim), std=0.02))
+    return torch.nn.Parameter(truncated_normal_(torch.empty(num_ratings, embedding_dim)))
 
 
 def double_layout(layout: Layout) -> Layout:

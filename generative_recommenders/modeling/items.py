@@ -96,16 +96,16 @@ class ItemEmbedding(torch.nn.Module):
         self.num_items, self.embedding_dim = num_items, embedding_dim
         self.item_l2_norm, self.l2_norm_eps = item_l2_norm, l2_norm_eps
         self.tower = None
-        self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items), std=0.02))
+        self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items)))
 
     shard: RowShard | None = None
     """The rows that this process holds of a table that is sharded; None where the table is whole."""
     kept: TorchRecTable | None = None
     """TorchRec's table, where TorchRec stores and updates the rows."""
 
-    def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+    def initial_table(self, num_rows: int) -> torch.Tensor:
         """The table at the start of training."""
-        return truncated_normal_(torch.empty(num_rows, self.embedding_dim), std)
+        return truncated_normal_(torch.empty(num_rows, self.embedding_dim))
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""

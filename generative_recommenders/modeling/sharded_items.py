@@ -59,8 +59,8 @@ class ShardedItemEmbedding(ItemEmbedding):
         self.shard = RowShard(1 + num_items, collectives)
         super().__init__(num_items, embedding_dim, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps)
 
-    def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
-        return drawn_rows(num_rows, self.embedding_dim, std, self.shard.first, self.shard.stop)
+    def initial_table(self, num_rows: int) -> torch.Tensor:
+        return drawn_rows(num_rows, self.embedding_dim, self.shard.first, self.shard.stop)
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         assert row_ids is not None  # a task with a sharded table always gathers
@@ -108,9 +108,9 @@ class TorchRecItemEmbedding(ShardedItemEmbedding):
 
     kept: TorchRecTable
 
-    def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+    def initial_table(self, num_rows: int) -> torch.Tensor:
         self.kept = TorchRecTable(num_rows, self.embedding_dim, self.shard.collectives)
-        return self.kept.weight.copy_(super().initial_table(num_rows, std))
+        return self.kept.weight.copy_(super().initial_table(num_rows))
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         assert row_ids is not None  # a task with a sharded table always gathers
