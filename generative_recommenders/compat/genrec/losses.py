@@ -1,8 +1,7 @@
 """genrec's losses under their documented names, arguments and defaults.
 
-Where we differ on purpose: ``SequenceLoss`` reads its attention mask (documented there, and unused),
-``ContrastiveLoss`` can apply its margin (likewise, so off by default), and a batch without any target is a
-``UserError`` where it was NaN.
+Differences on purpose: ``SequenceLoss`` reads its attention mask (genrec documents it and does not use it), and a batch
+without any target is a ``UserError`` where it was NaN.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ class VQVAELoss(nn.Module):
     """Reconstruction, commitment and codebook terms of a VQ-VAE (arXiv 1711.00937, equation 3).
 
     ``total = mean (x_recon - x)^2 + commitment_cost * commitment + beta * embedding``.
-
-    commitment_cost: weight of the commitment term. beta: weight of the codebook term.
     """
 
     def __init__(self, commitment_cost: float = 0.25, beta: float = 1.0) -> None:
@@ -49,8 +46,7 @@ class VQVAELoss(nn.Module):
 class SequenceLoss(nn.Module):
     """Cross-entropy and accuracy of a sequence model, mean over the positions that count.
 
-    Without a mask, or with one that is non-zero everywhere, the numbers are genrec's. A position whose mask
-    is 0 does not count here; genrec counts it unless its label is ``ignore_index``.
+    Without a mask, or with one that is non-zero everywhere, the numbers are genrec's.
 
     vocab_size: V. ignore_index: label that does not count.
     label_smoothing: share of the target spread evenly over the vocabulary.
@@ -65,8 +61,7 @@ class SequenceLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """logits: ``[B, N, V]`` float; labels: ``[B, N]`` int64; attention_mask: ``[B, N]``, non-zero =
-        counts.
+        """logits: ``[B, N, V]`` float; labels: ``[B, N]`` int64; attention_mask: ``[B, N]``, non-zero = counts.
 
         Returns scalars ``loss`` and ``accuracy`` (share of counting positions whose label has the largest
         logit). Raises ``UserError`` where no position counts or a label that counts is outside 0..V-1.

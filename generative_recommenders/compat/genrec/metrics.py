@@ -4,57 +4,60 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from generative_recommenders.evaluation.list_metrics import diversity
 
+Lists = list[list[int]]
+
 
 class RecommendationMetrics:
-    """List-based functions on plain Python lists of any hashable ids, as genrec documents them.
+    """Metrics of plain Python lists of any hashable ids, one list per user, as genrec documents them.
 
     Users without targets are left out (precision counts them), lists may be shorter than k, and 0.0 is
     returned where no user counts. As documented there, ndcg counts an item repeated in a list each time.
     """
 
     @staticmethod
-    def recall_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+    def recall_at_k(predictions: Lists, targets: Lists, k: int) -> float:
         """Mean of |top k and targets| / |targets|."""
         return _mean([len(set(p[:k]) & set(t)) / len(set(t)) for p, t in zip(predictions, targets) if len(t)])
 
     @staticmethod
-    def precision_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+    def precision_at_k(predictions: Lists, targets: Lists, k: int) -> float:
         """Mean of |top k and targets| / k; 0.0 for k = 0."""
         return _mean([len(set(p[:k]) & set(t)) / k for p, t in zip(predictions, targets) if k])
 
     @staticmethod
-    def ndcg_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+    def ndcg_at_k(predictions: Lists, targets: Lists, k: int) -> float:
         """Mean of DCG@k over the DCG of min(|targets|, k) hits in a row, with gains 1 / log2(rank + 1)."""
+        gains = 1 / np.log2(np.arange(2, k + 2))
         values = []
         for prediction, target in zip(predictions, targets):
-            wanted = set(target)
-            ideal = sum(1 / np.log2(r + 2) for r in range(min(len(target), k)))
-            gain = sum(1 / np.log2(r + 2) for r, item in enumerate(prediction[:k]) if item in wanted)
-            if wanted:
-                values.append(gain / ideal if ideal > 0 else 0.0)
+            if len(target) and k:
+                wanted = set(target)
+                hits = [item in wanted for item in prediction[:k]]
+                values.append(gains[: len(hits)] @ hits / gains[: len(target)].sum())
         return _mean(values)
 
     @staticmethod
-    def hit_rate_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+    def hit_rate_at_k(predictions: Lists, targets: Lists, k: int) -> float:
         """Share of users with a target in the top k."""
-        return _mean([float(bool(set(p[:k]) & set(t))) for p, t in zip(predictions, targets) if len(t)])
+        return _mean([not set(p[:k]).isdisjoint(t) for p, t in zip(predictions, targets) if len(t)])
 
     @staticmethod
-    def coverage(predictions: list[list[int]], total_items: int) -> float:
+    def coverage(predictions: Lists, total_items: int) -> float:
         """Number of different items recommended / total_items."""
         return len({item for prediction in predictions for item in prediction}) / total_items
 
     @staticmethod
-    def diversity(predictions: list[list[int]]) -> float:
+    def diversity(predictions: Lists) -> float:
         """Mean Jaccard distance over all pairs of lists (`diversity`), pairs of empty lists left out."""
-        codes: dict[int, int] = {}
-        rows = [[codes.setdefault(item, len(codes) + 1) for item in prediction] for prediction in predictions]
-        width = max((len(row) for row in rows), default=0)
-        padded = [row + [0] * (width - len(row)) for row in rows]
-        return diversity(torch.tensor(padded, dtype=torch.int64).view(len(rows), width))
+        if not len(predictions):
+            return 0.0
+        numbers = {item: number for number, item in enumerate({i for p in predictions for i in p}, start=1)}
+        rows = [torch.tensor([numbers[item] for item in p], dtype=torch.int64) for p in predictions]
+        return diversity(pad_sequence(rows, batch_first=True))
 
 
 def _mean(values: list[float]) -> float:

@@ -1,11 +1,11 @@
-"""genrec's modules under their documented names: encoder, model utilities, attention pictures, losses and
-metrics."""
+"""genrec's modules under their documented names: encoder, model utilities, attention pictures, losses, metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from absl import logging
 from torch import nn
@@ -65,9 +65,8 @@ class ModelUtils:
     def initialize_weights(model: nn.Module, init_type: str = "xavier") -> None:
         """Draw all matrices named "weight" anew and set all biases to 0.
 
-        init_type: "xavier", "kaiming" (both uniform) or "normal" (standard deviation 0.02). Weights with
-        fewer than two axes (scales of norms) keep their values; padding rows of embeddings are set to 0
-        again.
+        init_type: "xavier", "kaiming" (both uniform) or "normal" (standard deviation 0.02). Weights with fewer than two
+        axes (scales of norms) keep their values; padding rows of embeddings stay 0.
         """
         if init_type not in _INITIALIZERS:
             raise UserError(f"init_type {init_type!r}: choose one of {', '.join(_INITIALIZERS)}")
@@ -78,8 +77,7 @@ class ModelUtils:
                 nn.init.zeros_(parameter)
         for module in model.modules():
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()
+                nn.init.zeros_(module.weight[module.padding_idx])
 
 
 class AttentionVisualization:
@@ -92,11 +90,9 @@ class AttentionVisualization:
         output_tokens: Sequence[str],
         save_path: str | Path | None = None,
     ) -> None:
-        """Draw weights ``[len(output_tokens), len(input_tokens)]`` as a heat map, with the numbers where they
-        fit.
+        """Draw weights ``[len(output_tokens), len(input_tokens)]`` as a heat map, with the numbers where they fit.
 
-        save_path: the picture's file (format by its ending). It is shown only where matplotlib is
-            interactive.
+        save_path: the picture's file (format by its ending). It is shown only where matplotlib is interactive.
         """
         import matplotlib.pyplot as plt
 
@@ -112,8 +108,7 @@ class AttentionVisualization:
         axes.set(title="Attention Weights", xlabel="Input Tokens", ylabel="Output Tokens")
         if weights.size <= MAX_ANNOTATED_CELLS:
             middle = weights.max(initial=0.0) / 2
-            for row, column in ((r, c) for r in range(expected[0]) for c in range(expected[1])):
-                value = weights[row, column]
+            for (row, column), value in np.ndenumerate(weights):
                 color = "white" if value > middle else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
         try:
@@ -126,9 +121,9 @@ class AttentionVisualization:
 
 
 def _set_trained(model: nn.Module, layer_names: Sequence[str], trained: bool) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    for unmatched in (wanted for wanted in layer_names if not any(wanted in name for name in names)):
-        logging.warning("no parameter's name contains %r", unmatched)
-    for name, parameter in model.named_parameters():
-        if any(wanted in name for wanted in layer_names):
+    for part in layer_names:
+        matching = [parameter for name, parameter in model.named_parameters() if part in name]
+        for parameter in matching:
             parameter.requires_grad_(trained)
+        if not matching:
+            logging.warning("no parameter's name contains %r", part)

@@ -29,17 +29,12 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
         self.scale = math.sqrt(self.head_dim)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not look.
 
-        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing
-        to 1 over the keys in evaluation mode. A query that may look nowhere averages all. ``UserError`` for a mask of
-        other than 3 axes.
+        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]`` after dropout; in evaluation mode they sum to 1 over the
+        keys. A query that may look nowhere averages all. ``UserError`` for a mask of other than 3 axes.
         """
         if mask is not None and mask.dim() != 3:  # [L, N] would be one mask a head where L is their number
             raise UserError(f"MultiHeadAttention: the mask is {tuple(mask.shape)}: give [B, L, N]")

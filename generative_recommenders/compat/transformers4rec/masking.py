@@ -1,13 +1,13 @@
 """Transformers4Rec's masking classes, by their documented names, arguments and defaults, over the package's schemes.
 
-Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; evaluation of the last item, the default;
-and ``inference=True``, which asks for the item after all of a history. ``apply_mask_to_inputs`` follows the last
-targets. The schema's polarity is that library's: for causal modelling True = input kept, for the others True = input
-replaced by the learned mask embedding.
+Rows are right-padded with ``padding_idx``. There are three modes: ``training=True``; evaluation of the last item, the
+default; and ``inference=True``, which asks for the item after the whole history. ``apply_mask_to_inputs`` acts as the
+mode of the last targets asks. The schema's polarity is Transformers4Rec's: for causal modelling True = input kept, for
+the others True = input replaced by the learned mask embedding.
 
-Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop at the end of
-a row, so that rows of two or more items always have something hidden and something visible; replacement modelling
-honours ``mlm_probability``; a fake item is never the padding.
+Differences on purpose: a row of one item raises no error and is never hidden; spans of permutation modelling stop at
+the end of a row, so that rows of two or more items always have something hidden and something visible; replacement
+modelling honours ``mlm_probability``; a fake item is never the padding.
 """
 
 from __future__ import annotations
@@ -66,11 +66,7 @@ class MaskSequence(nn.Module):
         self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
 
     def compute_masked_targets(self, item_ids: Tensor, training: bool = False, inference: bool = False) -> MaskingInfo:
-        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``.
-
-        Without training the last item is the target; with inference alone nothing is, and the item after the history is
-        asked for.
-        """
+        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``."""
         if training:
             return self._keep(self.training_targets(item_ids))
         if inference:
@@ -92,20 +88,20 @@ class MaskSequence(nn.Module):
         return self.where_known(self.last(item_ids))
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
-        """One more column: its schema is True at the slot after each last item, which holds a copy of that item."""
-        wider = nn.functional.pad(item_ids, (0, 1), value=self.padding_idx)
+        """One column more: the schema is True at the slot after each last item, which holds a copy of that item."""
+        wider = F.pad(item_ids, (0, 1), value=self.padding_idx)
         return self.where_known(self.last(wider).roll(1, dims=1))
 
     def predict_all(self, item_ids: Tensor) -> MaskingInfo:
         """Targets: the next item at every position; schema: where there is one."""
-        return self.where_known(nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx))
+        return self.where_known(F.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx))
 
     def where_known(self, targets: Tensor) -> MaskingInfo:
         """The targets ``[B, N]``, with a schema that is True where there is one."""
         return MaskingInfo(targets != self.padding_idx, targets)
 
     def last(self, item_ids: Tensor) -> Tensor:
-        """``item_ids [B, N]`` at each row's last item, padding everywhere else."""
+        """``item_ids [B, N]`` at each row's last item, padding elsewhere."""
         lengths = (item_ids != self.padding_idx).sum(1, keepdim=True)
         is_last = torch.arange(item_ids.shape[1], device=item_ids.device) == lengths - 1
         return item_ids.where(is_last, self.padding_idx)
@@ -129,13 +125,12 @@ class MaskSequence(nn.Module):
     def forward(self, inputs: Tensor, item_ids: Tensor, training: bool = False, inference: bool = False) -> Tensor:
         """``compute_masked_targets`` followed by ``apply_mask_to_inputs``."""
         inference = inference and not training
-        # Only where it is asked for: a subclass may take the documented two arguments alone, and keep nothing.
+        # A subclass may take the two documented arguments only, and keep nothing itself.
         further = {"inference": True} if inference else {}
         info = self._keep(self.compute_masked_targets(item_ids, training=training, **further), not inference)
         return self.apply_mask_to_inputs(inputs, info.schema)
 
     def forward_output_size(self, input_size: torch.Size) -> torch.Size:
-        """Masking keeps the size of its inputs."""
         return input_size
 
     def transformer_required_arguments(self) -> dict[str, Any]:
@@ -148,7 +143,6 @@ class MaskSequence(nn.Module):
 
     @property
     def transformer_arguments(self) -> dict[str, Any]:
-        """Both kinds together."""
         return {**self.transformer_required_arguments(), **self.transformer_optional_arguments()}
 
 
@@ -177,13 +171,11 @@ class CausalLanguageModeling(MaskSequence):
         return self._next(item_ids, self.eval_on_last_item_seq_only)
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
-        return MaskingInfo(item_ids != self.padding_idx, item_ids)
+        return self.where_known(item_ids)
 
     def _next(self, item_ids: Tensor, last_only: bool) -> MaskingInfo:
         info = self.predict_all(item_ids)
-        if not last_only:
-            return info
-        return MaskingInfo(item_ids != self.padding_idx, self.last(info.targets))
+        return MaskingInfo(item_ids != self.padding_idx, self.last(info.targets)) if last_only else info
 
     def apply_mask_to_inputs(self, inputs: Tensor, mask_schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` where the schema is True, else the mask embedding.
@@ -191,7 +183,7 @@ class CausalLanguageModeling(MaskSequence):
         Where the last targets were labels, the last column, which has no next item, is zero first.
         """
         if self.has_labels:
-            inputs = nn.functional.pad(inputs[:, :-1], (0, 0, 0, 1))
+            inputs = F.pad(inputs[:, :-1], (0, 0, 0, 1))
         return self.with_mask(inputs, ~mask_schema)
 
 
@@ -212,7 +204,7 @@ class MaskedLanguageModeling(MaskSequence):
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
         schema, _ = self.scheme.choose(item_ids != self.padding_idx)
-        return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
+        return self.where_known(item_ids.where(schema, self.padding_idx))
 
 
 class PermutationLanguageModeling(MaskSequence):
@@ -244,17 +236,17 @@ class PermutationLanguageModeling(MaskSequence):
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
         schema, (key, query) = self.scheme.choose(item_ids != self.padding_idx)
         self._attend(key, query, torch.float32)
-        return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
+        return self.where_known(item_ids.where(schema, self.padding_idx))
 
     def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
         """Causal attention; with a single target, no position may look at the last item."""
         info = super().evaluation_targets(item_ids)
         rows, width = item_ids.shape
         place = torch.arange(width, device=item_ids.device).expand(rows, -1)
-        last_only = self.eval_on_last_item_seq_only
-        key = torch.where(info.schema, width, place) if last_only else place
-        # The dtypes of Transformers4Rec.
-        self._attend(key, place, torch.float32 if last_only else torch.int64)
+        if self.eval_on_last_item_seq_only:
+            self._attend(torch.where(info.schema, width, place), place, torch.float32)
+        else:
+            self._attend(place, place, torch.int64)  # Transformers4Rec's dtypes
         return info
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
@@ -266,10 +258,8 @@ class PermutationLanguageModeling(MaskSequence):
         self.target_mapping = torch.eye(width, dtype=dtype, device=key.device).repeat(rows, 1, 1)
 
     def apply_mask_to_inputs(self, inputs: Tensor, schema: Tensor) -> Tensor:
-        """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
-        if not self.has_labels:
-            return inputs
-        return self.with_mask(inputs, schema)
+        """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as in Transformers4Rec."""
+        return self.with_mask(inputs, schema) if self.has_labels else inputs
 
     def transformer_required_arguments(self) -> dict[str, Any]:
         return {"target_mapping": self.target_mapping, "perm_mask": self.perm_mask}
@@ -295,10 +285,10 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
     def get_fake_tokens(self, itemid_seq: Tensor, target_flat: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Histories with fakes at the hidden positions.
 
-        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]`` over all ids,
-        or with sample_from_batch ``[P, P]`` over the hidden items. Returns corrupted ids ``[B, N]``, labels ``[B, N]``
-        int64, 1 = replaced, and sampled indices ``[P]`` within the batch, empty without sample_from_batch.
-        ``UserError`` where there is not one row of logits for each hidden item.
+        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where there is none; logits: a row for each of
+        the P hidden items, ``[P, V]`` over all ids, or with sample_from_batch ``[P, P]`` over the hidden items. Returns
+        corrupted ids ``[B, N]``, labels ``[B, N]`` int64, 1 = replaced, and sampled indices ``[P]`` within the batch,
+        empty without sample_from_batch.
         """
         hidden = (target_flat != self.padding_idx).reshape(itemid_seq.shape)
         if len(logits) != (count := int(hidden.sum())):

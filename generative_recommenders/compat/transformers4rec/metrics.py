@@ -1,8 +1,8 @@
 """Transformers4Rec's ranking metrics at several cutoffs: torchmetrics classes over the program's list metrics.
 
 States are a sum and a count that are added across processes, so the result is the mean over all rows, however many each
-process had. Equal scores are ordered by the smaller column. The formulas are `evaluation.list_metrics`'s, with h_r the
-label at rank r: recall and average precision are 0 without relevant items, DCG is not divided by the best order's.
+process had. Of equal scores the smaller column comes first. The formulas are those of `evaluation.list_metrics`, with
+h_r the label at rank r: recall and average precision are 0 without relevant items.
 """
 
 from __future__ import annotations
@@ -72,27 +72,23 @@ class RankingMetric(Metric):
         """``[n, len(top_ks)]`` float64: the metric of each row. Arguments as `update`."""
         if preds.dim() == 0 or preds.shape[-1] == 0:
             raise UserError(f"preds: {tuple(preds.shape)} has no column to score")
-        scores = preds.reshape(-1, preds.shape[-1])
-        num_columns = scores.shape[1]
-        if self.labels_onehot:
-            columns = target.reshape(-1)
-            if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
-                raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
-            labels = columns[:, None]
-            fits = len(labels) == len(scores)
-        else:
-            same = target.shape[-1:] == (num_columns,)
-            labels = target.reshape(-1, num_columns) if same else target
-            fits = labels.shape == scores.shape
-        if not fits:
+        num_columns = preds.shape[-1]
+        scores = preds.reshape(-1, num_columns)
+        width = 1 if self.labels_onehot else num_columns
+        if target.numel() != len(scores) * width or (not self.labels_onehot and target.shape[-1:] != (width,)):
             raise UserError(
                 f"target: {tuple(target.shape)} does not fit scores {tuple(preds.shape)}; "
                 "column numbers need labels_onehot=True"
             )
+        labels = target.reshape(-1, width)
         best = largest(scores, max(self.top_ks))[1]
-        # Column numbers say what a row of labels would, without one.
-        hits = (best == labels if self.labels_onehot else labels.gather(1, best)).double()
-        relevant = hits.new_ones(len(hits)) if self.labels_onehot else labels.sum(1, dtype=torch.float64)
+        if self.labels_onehot:
+            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_columns:
+                raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
+            # One relevant item a row, found without the row of labels that it stands for.
+            hits, relevant = (best == labels).double(), torch.ones_like(labels[:, 0], dtype=torch.float64)
+        else:
+            hits, relevant = labels.gather(1, best).double(), labels.sum(1, dtype=torch.float64)
         return torch.stack([self.at_cutoff(hits, relevant, k) for k in self.top_ks], dim=1)
 
     def at_cutoff(self, hits: Tensor, relevant: Tensor, k: int) -> Tensor:
@@ -101,14 +97,10 @@ class RankingMetric(Metric):
 
 
 class PrecisionAt(RankingMetric):
-    """Precision@k."""
-
     metric = "precision"
 
 
 class RecallAt(RankingMetric):
-    """Recall@k."""
-
     metric = "recall"
 
 

@@ -1,25 +1,23 @@
-"""RePlay's losses under their documented names, arguments and defaults; each computes by the class of
+"""RePlay's losses under their documented names, arguments and defaults, computed by the classes of
 ``objectives.losses``.
 
 A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]`` of hidden
 states ``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``. Only positions with a
-target are scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here; in training
-they do not.
+target are scored. Losses over the catalogue hold all logits ``[M, V]`` here, unlike in training.
 
 Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses
 ``negative_labels`` (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True = counts.
-The result is a scalar; no target at all, and a label or negative outside of the catalogue, is a ``UserError``. A masked
-label adds no term, and in the softmax losses it still is no negative of its position. ``negative_labels_ignore_index``
-names an item that is no negative.
+A batch without targets, and a label or negative outside the catalogue, is a ``UserError``. A masked label adds no term,
+and in the softmax losses is no negative of its position either. Items equal to ``negative_labels_ignore_index`` are no
+negatives.
 
-Every loss takes ``reduction``, ``ignore_index`` and ``padding_idx`` (`ReplayLoss`). Of the arguments of
-``torch.nn.CrossEntropyLoss`` and ``BCEWithLogitsLoss`` further take: CE, CEWeighted, CESampled and LogOutCE
-``weight [V]`` and ``label_smoothing``; BCE ``weight`` and ``pos_weight``, both ``[V]``. Any other one is a
-``UserError``.
+Every loss takes ``reduction``, ``ignore_index`` and ``padding_idx`` (`ReplayLoss`), and of the arguments of torch's
+losses CE, CEWeighted, CESampled and LogOutCE take ``weight [V]`` and ``label_smoothing``, BCE ``weight [V]`` and
+``pos_weight [V]``. Any other argument is a ``UserError``.
 
-Where we differ on purpose: label smoothing of a sampled loss and of LogOutCE spreads over the negatives that are kept
-(there it is infinite as soon as one is masked); ``weight`` of a sampled loss is by item, not by place among the
-candidates; and BCE leaves the caller's mask as it was.
+Differences on purpose: label smoothing of a sampled loss and of LogOutCE spreads over the negatives that are kept (in
+RePlay it is infinite as soon as one is masked); ``weight`` of a sampled loss is by item, not by place among the
+candidates; BCE does not change the caller's mask.
 """
 
 from __future__ import annotations
@@ -64,11 +62,11 @@ class Scores(NamedTuple):
 
 
 class ReplayLoss(nn.Module):
-    """The arguments that all losses take, choice of positions, reduction. The formula is that of ``core``.
+    """The arguments that all losses take, the choice of positions, and the reduction; ``core`` has the formula.
 
-    ignore_index, padding_idx: labels that are no labels at all.
+    ignore_index, padding_idx: labels that are treated as absent.
     reduction: "mean", "sum", or "none": ``[B, L]`` or ``[B, L, P]`` with 0 where nothing counts.
-    Of the further arguments of torch's losses, those in ``takes`` act. Any other name is a ``UserError``.
+    takes: names of the further arguments of torch's losses that a class accepts.
     """
 
     core: catalogue.CatalogueLoss | sampled.SampledLoss
@@ -126,11 +124,7 @@ class ReplayLoss(nn.Module):
 
     def terms(self, scores: Scores) -> Terms:
         """Values, multiplied by their weights already, and weights, of positions ``[M]`` or of targets ``[M, P]``."""
-        return self.core.terms(*self.arguments(scores))
-
-    def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
-        """Those of the core's ``terms``."""
-        return scores.positive, scores.negative, scores.counts.to(scores.positive.dtype), scores.kept
+        return self.core.terms(scores.positive, scores.negative, scores.counts, scores.kept)
 
     def reduced(self, terms: Terms, chosen: Tensor, counts: Tensor) -> Tensor:
         """A scalar, or the terms at their places. Targets that do not count are left out."""
@@ -143,8 +137,10 @@ class ReplayLoss(nn.Module):
 
 
 class CatalogueLoss(ReplayLoss):
-    """A loss against all items. cardinality: items of the catalogue, None (and any larger number) for as many as there
-    are logits."""
+    """A loss against all items.
+
+    cardinality: number of items without padding; logits beyond it are left out. None is the number of logits.
+    """
 
     def __init__(
         self, cardinality: int | None = None, negative_labels_ignore_index: int = -100, **arguments: Any
@@ -174,8 +170,8 @@ class CatalogueLoss(ReplayLoss):
         kept = ~collided & (items != self.negative_labels_ignore_index)
         return Scores(logits.gather(1, labels.clamp(min=0)), logits, labels, counts, items, kept, collided)
 
-    def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
-        return *super().arguments(scores), scores.collided
+    def terms(self, scores: Scores) -> Terms:
+        return self.core.terms(scores.positive, scores.negative, scores.counts, scores.kept, scores.collided)
 
 
 class SampledLoss(ReplayLoss):
@@ -183,8 +179,6 @@ class SampledLoss(ReplayLoss):
 
     Negatives ``[K]`` are one product with all positions, ``[B, K]`` one product a row, ``[B, L, K]`` one a position. A
     model of this package scores all rows at once; any other callback is called once a row.
-
-    negative_labels_ignore_index: a negative that does not count.
     """
 
     def forward(
@@ -199,15 +193,13 @@ class SampledLoss(ReplayLoss):
             raise self.error("negative_labels are missing: give the items to compare with, [K], [B, K] or [B, L, K]")
         chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
         hidden = model_embeddings[chosen]
-        if negative_labels.dim() == 1:
-            own = negative_labels.expand(len(hidden), -1)
-        elif negative_labels.dim() == 2 and len(negative_labels) == len(chosen):
-            own = negative_labels[chosen.nonzero()[:, 0]]
-        elif negative_labels.dim() == 3 and negative_labels.shape[:2] == chosen.shape:
-            own = negative_labels[chosen]
-        else:
-            shape = tuple(negative_labels.shape)
+        shape = tuple(negative_labels.shape)
+        if len(shape) not in (1, 2, 3) or shape[:-1] != chosen.shape[: len(shape) - 1]:
             raise self.error(f"negative labels {shape}: give [K], [B, K] or [B, L, K] for {tuple(chosen.shape)}")
+        if len(shape) == 1:
+            own = negative_labels.expand(len(hidden), -1)
+        else:
+            own = negative_labels[chosen if len(shape) == 3 else chosen.nonzero()[:, 0]]
         ignored = own == self.negative_labels_ignore_index
         collided = (own[:, :, None] == labels[:, None, :]).any(2) & ~ignored
         # Something must be scored in the place of what does not count: item 0, which every catalogue has.
@@ -243,7 +235,6 @@ class CrossEntropy(ReplayLoss):
     which is spread over the target and the negatives that compete.
     """
 
-    core: catalogue.CatalogueLoss | sampled.SampledLoss = sampled.SampledSoftmaxLoss()
     takes = ("weight", "label_smoothing")
 
     def terms(self, scores: Scores) -> Terms:
@@ -264,9 +255,8 @@ class BCE(CatalogueLoss):
     """Pointwise binary cross-entropy over all items, mean over positions.
 
     weight: ``[V]``, of the items. pos_weight: ``[V]``, of those that are labels besides.
-    masked_labels: "ignored", as documented: a masked label beside one that counts is an item like any other; "targets":
-    it is a
-        target of 1 all the same, what RePlay's code computes.
+    masked_labels: a masked label beside one that counts is an item like any other ("ignored", as RePlay documents it),
+        or a target of 1 all the same ("targets", as RePlay computes it).
     """
 
     core = catalogue.BCE()
@@ -283,7 +273,8 @@ class BCE(CatalogueLoss):
     def terms(self, scores: Scores) -> Terms:
         ignored = ~scores.counts & (self.masked_labels == "ignored")
         own = catalogue.is_label(scores.labels.masked_fill(ignored, -1), scores.negative.shape[1])
-        return self.core.terms(*self.arguments(scores._replace(collided=own)), self.weight, self.pos_weight)
+        item_weights = self.weight, self.pos_weight
+        return self.core.terms(scores.positive, scores.negative, scores.counts, scores.kept, own, *item_weights)
 
 
 class CE(CrossEntropy, CatalogueLoss):
@@ -298,9 +289,9 @@ class CE(CrossEntropy, CatalogueLoss):
 
 
 class CEWeighted(CE):
-    """CE with a weight for each sample; the sum of weighted losses over the number of positions that count.
+    """CE with a weight for each sample: the sum of the weighted losses over the number of positions that count.
 
-    (RePlay divides by all positions, padding included, so that its loss shrinks with the padding.)
+    RePlay divides by all positions, padding included, so that its loss shrinks with the padding.
 
     feature_name: key of ``feature_tensors`` that holds the weights, ``[B, L]`` or ``[B, L, 1]``.
     """
@@ -332,7 +323,6 @@ class CEWeighted(CE):
 class LogInCE(CatalogueLoss):
     """``-ln(S+ / (S+ + S-))`` over all items, positives summed inside the logarithm, mean over positions.
 
-    cardinality: items of the catalogue, padding not counted; logits beyond it are left out, and fewer of them are all.
     log_epsilon: added inside the logarithm. clamp_border: bound of the logarithm.
     """
 
@@ -350,10 +340,7 @@ class LogInCE(CatalogueLoss):
 
 
 class LogOutCE(CrossEntropy, CatalogueLoss):
-    """``-ln(exp(s+) / (exp(s+) + S-))`` over all items, mean over (position, positive) pairs.
-
-    cardinality: items of the catalogue, padding not counted; logits beyond it are left out, and fewer of them are all.
-    """
+    """``-ln(exp(s+) / (exp(s+) + S-))`` over all items, mean over (position, positive) pairs."""
 
     core = catalogue.LogOutCE()
 
@@ -397,6 +384,8 @@ class LogInCESampled(_BoundedLogarithms):
 class CESampled(CrossEntropy, SampledLoss):
     """Softmax cross-entropy of a positive among itself and its negatives, mean over positives."""
 
+    core = sampled.SampledSoftmaxLoss()
+
 
 LogOutCESampled = CESampled
-"""Sampled negatives that are no labels, a softmax a pair: the same formula. (RePlay's name points at CE.)"""
+"""One softmax per positive over sampled negatives that are no labels: the same formula. (RePlay's name points at CE.)"""

@@ -1,7 +1,6 @@
-"""Dense attention masks, for the public building blocks alone.
+"""Dense attention masks, for RePlay's building blocks; the program's own encoders describe a mask by two integers per
+token (`layout.AttentionMask`).
 
-The program's own encoders describe the attention mask by two integers a token (`layout.AttentionMask`) and build no
-such tensor.
 A mask here is additive: 0 where a query may look, a very negative number where it may not.
 """
 
@@ -42,23 +41,20 @@ def additive_mask(allowed: Tensor, closed: float | None = None, dtype: torch.dty
 
 
 def mask_per_head(attention_mask: Tensor, batch_size: int, num_heads: int) -> Tensor:
-    """``[B * H, N, N]`` (index b * H + h) or ``[B, H, N, N]`` as ``[B, H, N, N]``; UserError on any other
-    shape."""
-    rows, columns = attention_mask.shape[-2:]
+    """``[B * H, N, N]`` (index b * H + h) or ``[B, H, N, N]`` as ``[B, H, N, N]``; UserError for any other shape."""
     if attention_mask.shape[:-2] not in ((batch_size * num_heads,), (batch_size, num_heads)):
         raise UserError(
             f"attention_mask of shape {tuple(attention_mask.shape)}: expected "
             f"[{batch_size * num_heads}, N, N] or [{batch_size}, {num_heads}, N, N]"
         )
-    return attention_mask.reshape(batch_size, num_heads, rows, columns)
+    return attention_mask.reshape(batch_size, num_heads, *attention_mask.shape[-2:])
 
 
 def hide_padded_keys(attention_mask: Tensor, padding_mask: Tensor) -> Tensor:
     """Add the dtype's minimum to the columns of padded keys.
 
-    attention_mask: additive ``[B, H, N, N]``; padding_mask: bool ``[B, N]``, True = real event. A padded
-    query that may look at itself alone keeps a finite row (the minimum, not -inf), so its output is finite,
-    though without meaning.
+    attention_mask: additive ``[B, H, N, N]``; padding_mask: bool ``[B, N]``, True = real event. With the minimum, not
+    -inf, a padded query that may look at itself alone keeps a finite row.
     """
     return attention_mask + additive_mask(padding_mask, dtype=attention_mask.dtype)[:, None, None, :]
 
@@ -66,8 +62,8 @@ def hide_padded_keys(attention_mask: Tensor, padding_mask: Tensor) -> Tensor:
 def mask_for(x: Tensor, attention_mask: Tensor) -> Tensor:
     """The mask in the dtype that attention over ``x`` computes in (autocast's, where it is on).
 
-    In a dtype of smaller range -inf and float32's minimum both become that dtype's minimum: a row that is
-    closed altogether stays finite in every kernel.
+    In a dtype of smaller range -inf and float32's minimum both become that dtype's minimum: a row that is closed
+    altogether stays finite in every kernel.
     """
     dtype = dispatch.computed_dtype(x)
     lowest = torch.finfo(dtype).min
@@ -79,8 +75,7 @@ def mask_for(x: Tensor, attention_mask: Tensor) -> Tensor:
 class DefaultAttentionMask(nn.Module):
     """Causal mask over real keys, with an open diagonal so that padded queries see themselves.
 
-    Position i may look at j where (j <= i and j is real) or j == i. Closed cells hold -inf in training mode
-    and the float32 minimum in evaluation mode.
+    Closed cells hold -inf in training mode and the float32 minimum in evaluation mode.
 
     reference_feature_name: the feature whose second dimension is the sequence length.
     num_heads: each row's mask is repeated for as many heads.
