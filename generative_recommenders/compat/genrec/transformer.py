@@ -28,9 +28,7 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
         self.dropout = nn.Dropout(dropout)
         self.scale = math.sqrt(self.head_dim)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not look.
 
         Returns ``[B, L, D]`` and the weights ``[B, H, L, N]`` after dropout; in evaluation mode they sum to 1 over the

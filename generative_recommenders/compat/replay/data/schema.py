@@ -1,7 +1,7 @@
-"""The tensor schema of RePlay, as far as its documented models and readers use it.
+"""RePlay's tensor schema, as far as its documented models and readers use it.
 
-Ids start at 0 and the padding id of a feature is usually its cardinality; the rest of this package has ids
-from 1 and padding 0. The difference ends here and in `replay.nn.embedding`.
+Ids start at 0 and the padding id of a feature is usually its cardinality; the rest of this package has ids from 1 and
+padding 0.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TensorFeatureInfo:
             raise UserError(f"feature {self.name!r}: tensor_dim belongs to numerical features")
         if self.is_num and self.cardinality is not None:
             raise UserError(f"feature {self.name!r}: cardinality belongs to categorical features")
-        if self.embedding_dim is None:  # RePlay's default, and what its users give for "the usual"
+        if self.embedding_dim is None:  # RePlay's default
             object.__setattr__(self, "embedding_dim", DEFAULT_EMBEDDING_DIM)
 
     @property
@@ -109,17 +109,12 @@ def _features(wanted: Callable[[TensorFeatureInfo], bool]) -> property:
 
 
 def _features_with(hint: FeatureHint) -> property:
-    return _features(lambda feature: feature.feature_hint is hint)
+    return property(lambda schema: schema.filter(feature_hint=hint))
 
 
 def _name_with(hint: FeatureHint) -> property:
     """The name of the only feature of that hint, None without one; UserError where there are several."""
-
-    def name(schema: TensorSchema) -> str | None:
-        found = schema.filter(feature_hint=hint)
-        return found.item().name if found else None
-
-    return property(name)
+    return property(lambda schema: found.item().name if (found := schema.filter(feature_hint=hint)) else None)
 
 
 class TensorSchema(dict[str, TensorFeatureInfo]):
@@ -162,9 +157,7 @@ class TensorSchema(dict[str, TensorFeatureInfo]):
         """The features that agree with everything given."""
         wanted = {"name": name, "feature_hint": feature_hint, "is_seq": is_seq, "feature_type": feature_type}
         given = {key: value for key, value in wanted.items() if value is not None}
-        return TensorSchema(
-            [f for f in self.all_features if all(getattr(f, key) == value for key, value in given.items())]
-        )
+        return TensorSchema([f for f in self.values() if all(getattr(f, key) == given[key] for key in given)])
 
     item_id_features = _features_with(FeatureHint.ITEM_ID)
     query_id_features = _features_with(FeatureHint.QUERY_ID)
@@ -183,8 +176,6 @@ def item_id_feature(schema: TensorSchema, who: str) -> TensorFeatureInfo:
     """The feature of item ids; UserError, in the name of who needs it, where there is none, or several."""
     found = schema.item_id_features
     if len(found) != 1:
-        raise UserError(
-            f"{who}: the schema has {len(found) or 'no'} item id features; one must have "
-            "feature_hint=FeatureHint.ITEM_ID"
-        )
+        wanted = "one must have feature_hint=FeatureHint.ITEM_ID"
+        raise UserError(f"{who}: the schema has {len(found) or 'no'} item id features; {wanted}")
     return found.item()

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.compat.replay.nn.mask import (
-    additive_mask,
-    causal_mask,
-    mask_for,
-    mask_per_head,
-)
+from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_mask, mask_for, mask_per_head
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import DifferentialAttention
 
@@ -21,17 +16,10 @@ class MultiHeadDifferentialAttention(DifferentialAttention):
     """Differential attention of queries, keys and values ``[B, N, D]`` under a dense mask."""
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """query, key, value: ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal unless
-        given.
-
-        Returns ``[B, N, D]``.
-        """
+        """``[B, N, D]`` each to ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal by
+        default."""
         if attn_mask is not None:
             mask = mask_per_head(attn_mask, query.shape[0], self.num_heads)
         elif query.shape[1] == key.shape[1]:
@@ -44,6 +32,5 @@ class MultiHeadDifferentialAttention(DifferentialAttention):
         q, k, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
         (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
         mask = mask_for(q1, mask)
-        first = F.scaled_dot_product_attention(q1, k1, v, mask)
-        second = F.scaled_dot_product_attention(q2, k2, v, mask)
-        return self.combine(first.transpose(-2, -3), second.transpose(-2, -3))
+        attended = (F.scaled_dot_product_attention(q, k, v, mask) for q, k in ((q1, k1), (q2, k2)))
+        return self.combine(*(x.transpose(-2, -3) for x in attended))

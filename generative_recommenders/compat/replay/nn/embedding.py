@@ -7,11 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.data.schema import (
-    FeatureHint,
-    TensorFeatureInfo,
-    TensorSchema,
-)
+from generative_recommenders.compat.replay.data.schema import FeatureHint, TensorFeatureInfo, TensorSchema
 from generative_recommenders.compat.replay.nn.protocols import EmbedderProto
 from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
@@ -30,9 +26,7 @@ class CategoricalEmbedding(EmbeddingRows):
     """Embedding of a categorical feature; the entries of a list are summed, averaged or their maximum is taken."""
 
     def __init__(
-        self,
-        feature_info: TensorFeatureInfo,
-        categorical_list_feature_aggregation_method: ListReduction = "sum",
+        self, feature_info: TensorFeatureInfo, categorical_list_feature_aggregation_method: ListReduction = "sum"
     ) -> None:
         name, padding = feature_info.name, feature_info.padding_value
         categories = feature_info.cardinality or 0
@@ -58,14 +52,14 @@ class NumericalEmbedding(nn.Module):
 
     def __init__(self, feature_info: TensorFeatureInfo) -> None:
         super().__init__()
-        self.is_list, self._width = feature_info.is_list, feature_info.embedding_dim
-        width = (feature_info.tensor_dim or 1) if self.is_list else 1
-        passes = width == self._width
-        self.linear = IdentityEmbedding(feature_info) if passes else nn.Linear(width, self._width)
+        self.is_list = feature_info.is_list
+        width, embedding_dim = (feature_info.tensor_dim or 1) if self.is_list else 1, feature_info.embedding_dim
+        passes = width == embedding_dim
+        self.linear = IdentityEmbedding(feature_info) if passes else nn.Linear(width, embedding_dim)
 
     @property
     def embedding_dim(self) -> int:
-        return self._width
+        return len(self.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -103,13 +97,9 @@ class SequenceEmbedding(NamedEmbeddings):
         kept = [f for f in schema.all_features if f.name not in (excluded_features or ())]
         if not kept:
             raise UserError(f"SequenceEmbedding: every feature of the schema ({schema.names}) is excluded")
+        reduction = categorical_list_feature_aggregation_method
         super().__init__(
-            {
-                f.name: CategoricalEmbedding(f, categorical_list_feature_aggregation_method)
-                if f.is_cat
-                else NumericalEmbedding(f)
-                for f in kept
-            }
+            {f.name: CategoricalEmbedding(f, reduction) if f.is_cat else NumericalEmbedding(f) for f in kept}
         )
         self._item = next((f.name for f in kept if f.feature_hint is FeatureHint.ITEM_ID), None)
 
@@ -130,7 +120,7 @@ class SequenceEmbedding(NamedEmbeddings):
             return items(indices)
         table, padding = items.emb.weight, items.padding_value
         cardinality = len(table) - 1
-        if padding < cardinality - 1:  # a row left out of the middle would make column j another item than j
+        if padding < cardinality - 1:  # column j would be another item than j beyond the row left out
             raise UserError(
                 f"feature {self._item!r}: padding id {padding} lies among the items 0..{cardinality - 1}, so column j "
                 f"of all scores would not be item j: give padding_value={cardinality} and ids from 0"

@@ -18,8 +18,7 @@ Activation = Literal["relu", "gelu"]
 
 
 class PointWiseFeedForward(nn.Module):
-    """x + W2 act(W1 x + b1) + b2, the feed-forward of SASRec (arXiv 1808.09781, section 3.3) with its
-    residual.
+    """x + W2 act(W1 x + b1) + b2, the feed-forward of SASRec (arXiv 1808.09781, section 3.3) with its residual.
 
     embedding_dim: width D of input and output.
     dropout: rate after the activation and after the second layer.
@@ -28,11 +27,7 @@ class PointWiseFeedForward(nn.Module):
     """
 
     def __init__(
-        self,
-        embedding_dim: int,
-        dropout: float,
-        activation: Activation = "gelu",
-        hidden_dim: int | None = None,
+        self, embedding_dim: int, dropout: float, activation: Activation = "gelu", hidden_dim: int | None = None
     ) -> None:
         super().__init__()
         if activation not in (known := get_args(Activation)):

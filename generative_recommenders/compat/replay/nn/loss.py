@@ -388,4 +388,4 @@ class CESampled(CrossEntropy, SampledLoss):
 
 
 LogOutCESampled = CESampled
-"""One softmax per positive over sampled negatives that are no labels: the same formula. (RePlay's name points at CE.)"""
+"""The same formula: one softmax per positive over sampled negatives that are no labels. (RePlay's name is CE's.)"""

@@ -1,11 +1,10 @@
 """RePlay's encoders over padded rectangles, with dense masks: SASRec's blocks (arXiv 1808.09781) and the differential
-Transformer (arXiv 2410.05258). The public building blocks of bodies that are assembled by hand."""
+Transformer (arXiv 2410.05258)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -21,10 +20,8 @@ LAYER_NORM_EPS = 1e-8  # of the published SASRec, and so of RePlay's checkpoints
 class SasRecTransformerLayer(nn.Module):
     """``num_blocks`` blocks of attention and feed-forward.
 
-    Per block q = LN(x), y = LN(q + attention(q, x, x)), x = y + feed-forward(y): the residual is the normed
-    query.
+    Per block q = LN(x), y = LN(q + attention(q, x, x)), x = y + feed-forward(y): the residual is the normed query.
 
-    embedding_dim: width D; must be divisible by num_heads.
     dropout: rate on attention weights and in the feed-forward.
     activation: "gelu" or "relu".
     hidden_dim: width inside the feed-forward, D unless given.
@@ -43,16 +40,12 @@ class SasRecTransformerLayer(nn.Module):
         if num_heads < 1 or embedding_dim % num_heads:
             raise UserError(f"SasRec layer: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
-        blocks = range(num_blocks)
+        attention = partial(nn.MultiheadAttention, embedding_dim, num_heads, dropout, batch_first=True)
+        feed_forward = partial(PointWiseFeedForward, embedding_dim, dropout, activation, hidden_dim)
         norm = partial(nn.LayerNorm, embedding_dim, eps=LAYER_NORM_EPS)
-        self.attention_layers = nn.ModuleList(
-            nn.MultiheadAttention(embedding_dim, num_heads, dropout, batch_first=True) for _ in blocks
-        )
-        self.attention_layernorms = nn.ModuleList(norm() for _ in blocks)
-        self.forward_layers = nn.ModuleList(
-            PointWiseFeedForward(embedding_dim, dropout, activation, hidden_dim) for _ in blocks
-        )
-        self.forward_layernorms = nn.ModuleList(norm() for _ in blocks)
+        kinds = attention, norm, feed_forward, norm
+        layers = (nn.ModuleList(kind() for _ in range(num_blocks)) for kind in kinds)
+        self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms = layers
 
     def forward(
         self,
@@ -64,8 +57,7 @@ class SasRecTransformerLayer(nn.Module):
         """Encode ``[B, N, D]`` to ``[B, N, D]``; padded positions come out finite and without meaning.
 
         feature_tensors: not read; the argument is part of the protocol of encoders.
-        padding_mask: bool ``[B, N]``, True = real event; padded keys are hidden whatever attention_mask says
-            of them.
+        padding_mask: bool ``[B, N]``, True = real event; padded keys are always hidden.
         attention_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``.
         """
         x = input_embeddings
@@ -84,9 +76,7 @@ class DiffTransformerBlock(core.DiffTransformerBlock):
 
     attention_class = MultiHeadDifferentialAttention
 
-    def __init__(
-        self, embedding_dim: int, num_heads: int, lambda_init: float, norm: Literal["post", "pre"] = "post"
-    ) -> None:
+    def __init__(self, embedding_dim: int, num_heads: int, lambda_init: float, norm: core.NormPlace = "post") -> None:
         super().__init__(embedding_dim, num_heads, lambda_init, norm)
 
     def forward(  # type: ignore[override]
@@ -99,9 +89,7 @@ class DiffTransformerBlock(core.DiffTransformerBlock):
 class DiffTransformerLayer(nn.Module):
     """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm after the last."""
 
-    def __init__(
-        self, embedding_dim: int, num_heads: int, num_blocks: int, norm: Literal["post", "pre"] = "post"
-    ) -> None:
+    def __init__(self, embedding_dim: int, num_heads: int, num_blocks: int, norm: core.NormPlace = "post") -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             DiffTransformerBlock(embedding_dim, num_heads, core.lambda_init_of_block(block), norm)

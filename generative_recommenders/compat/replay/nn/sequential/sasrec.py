@@ -1,4 +1,4 @@
-"""RePlay's SasRec, and what it has in common with TwoTower: the query tower, the two forms of a forward pass."""
+"""RePlay's SasRec, and what it shares with TwoTower: the query tower and the forward pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from generative_recommenders.errors import UserError
 
 
 class QueryTower(nn.Module):
-    """Features to embeddings, aggregated, encoded under an attention mask, normed.
+    """Embeds features, aggregates them, encodes them under an attention mask, and normalises the result.
 
     feature_names: the features it reads; None for all that the embedder knows.
     """
@@ -46,8 +46,7 @@ class QueryTower(nn.Module):
         self.output_normalization = output_normalization
 
     def forward(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> Tensor:
-        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns
-        ``[B, N, D]``."""
+        """Features ``[B, N, ...]`` by name and padding_mask ``[B, N]`` (True = real) to ``[B, N, D]``."""
         embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
         hidden = call_with_accepted(
             self.encoder,
@@ -60,8 +59,7 @@ class QueryTower(nn.Module):
 
 
 class NextItemModel(nn.Module, ABC):
-    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in evaluation
-    mode."""
+    """A query tower, item embeddings and a loss."""
 
     scores_rectangles = True
     """`get_logits` takes hidden states ``[B, N, D]`` with ids ``[B, K]``."""
@@ -82,12 +80,12 @@ class NextItemModel(nn.Module, ABC):
         negative_labels: Tensor | None = None,
         target_padding_mask: Tensor | None = None,
     ) -> TrainOutput | InferenceOutput:
-        """In training mode a `TrainOutput`, in evaluation mode an `InferenceOutput` for each row's last position.
+        """In training mode the loss, in evaluation mode the logits of the item after each row's last position.
 
         feature_tensors: name to ``[B, N, ...]``, left-padded. padding_mask: bool ``[B, N]``, True = real.
         candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation only).
         positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool
-        ``[B, N, P]``, False = ignored (training only). UserError in the name of what the loss needs and is not given.
+        ``[B, N, P]``, False = ignored (training only). UserError for what the loss needs and is not given.
         """
         hidden_states = self.hidden_states(feature_tensors, padding_mask)
         if not self.training:
@@ -121,9 +119,8 @@ class NextItemModel(nn.Module, ABC):
 
 def call_with_accepted(function: Callable[..., Tensor], **arguments: object) -> Tensor:
     """Call with those keyword arguments that the function (a module: its forward) has parameters for."""
-    target = function.forward if isinstance(function, nn.Module) else function
     # RePlay's users write encoders and losses that take a part of the documented arguments.
-    parameters = inspect.signature(target).parameters
+    parameters = inspect.signature(getattr(function, "forward", function)).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
     return function(**arguments)
@@ -139,8 +136,6 @@ def embedded_schema(schema: TensorSchema, excluded: Sequence[str] | None, embedd
 class SasRecBody(QueryTower):
     """The query tower over all features that the embedder knows; its item table also scores."""
 
-    embedder: protocols.EmbedderProto
-
     def __init__(
         self,
         embedder: protocols.EmbedderProto,
@@ -153,7 +148,7 @@ class SasRecBody(QueryTower):
 
 
 class SasRec(NextItemModel):
-    """A `SasRecBody` (arXiv 1808.09781) scored against the item embeddings that it looks up."""
+    """A `SasRecBody` (arXiv 1808.09781), scored against its own item embeddings."""
 
     body: SasRecBody
 
@@ -169,11 +164,8 @@ class SasRec(NextItemModel):
         excluded_features: Sequence[str] | None = None,
         categorical_list_feature_aggregation_method: ListReduction = "sum",
     ) -> SasRec:
-        """SASRec layers with relu, features summed, layer norm, full cross-entropy.
-
-        It reads all features of the schema but the excluded ones, the query id and the timestamp, each
-        embedded in ``embedding_dim`` columns.
-        """
+        """SASRec layers with relu, layer norm and full cross-entropy over the sum of all features of the schema but the
+        excluded ones, the query id and the timestamp."""
         schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = item_id_feature(schema, cls.__name__)
         body = SasRecBody(

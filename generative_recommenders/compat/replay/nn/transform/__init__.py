@@ -1,8 +1,8 @@
 """RePlay's transforms, by their documented names, arguments and defaults: modules from one batch to a new one.
 
-Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left, masks True =
-kept. Differences on purpose: a batch is never changed in place (the result may share storage with it), a missing column
-is one clear ``UserError``, and masks are drawn per user. Columns that a transform does not name pass through.
+Conventions are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left, masks True = kept.
+Differences on purpose: a batch is never changed in place (the result may share storage with it), a missing column is
+one clear ``UserError``, and masks are drawn per user. Columns that a transform does not name pass through.
 """
 
 from __future__ import annotations
@@ -66,11 +66,10 @@ class Transform(nn.Module):
         return UserError(f"{type(self).__name__}: {message}")
 
     def tensor(self, batch: TensorBatch, name: str) -> Tensor:
-        """A column of the batch; ``UserError``, in the transform's name, where it is missing or no tensor."""
         return require_tensor(batch, name, type(self).__name__)
 
     def sequences(self, batch: TensorBatch, name: str, at_least: int = 0) -> Tensor:
-        """A column ``[B, L, ...]`` of the batch; ``UserError`` where it has no second axis, or L is less than that."""
+        """A column ``[B, L, ...]`` of the batch; ``UserError`` where it has no second axis or L is less than asked."""
         column = self.tensor(batch, name)
         if column.dim() < 2 or column.shape[1] < at_least:
             raise self.error(f"'{name}' {tuple(column.shape)} must be [B, L], with L at least {at_least}")
@@ -90,16 +89,12 @@ class CopyTransform(Transform):
 
 @dataclass(eq=False, repr=False)
 class RenameTransform(Transform):
-    """Renames columns in their places, by a mapping of existing to new names.
-
-    Raises ``UserError`` where a new name would overwrite another column.
-    """
+    """Renames columns, by a mapping of existing to new names; ``UserError`` where that would overwrite another one."""
 
     mapping: Mapping[str, str]
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        for name in self.mapping:
-            require(batch, name, "RenameTransform")
+        require_columns(list(batch), list(self.mapping), "RenameTransform: the batch")
         renamed = {self.mapping.get(name, name): value for name, value in batch.items()}
         if len(renamed) < len(batch):
             raise self.error(f"{self.mapping} would overwrite a column of the batch ({', '.join(batch)})")
@@ -204,10 +199,9 @@ class SequenceRollTransform(Transform):
 class NextTokenTransform(Transform):
     """Adds labels shifted by ``shift`` and cuts the last ``shift`` columns off every other sequence.
 
-    label_field: the column to predict, ``[B, L + shift]``; its mask is ``label_field + mask_postfix``.
-    Every tensor of two or more dimensions, groups included, except ``query_features`` loses its last
-    ``shift`` columns; ``out_feature_name`` and ``out_feature_name + mask_postfix`` are added, ``[B, L]``.
-    Raises ``UserError`` for sequences of no more than ``shift`` columns.
+    label_field: the column to predict, ``[B, L + shift]``; its mask is ``label_field + mask_postfix``. Every tensor of
+    two or more dimensions, groups included, except ``query_features`` loses its last ``shift`` columns;
+    ``out_feature_name`` and ``out_feature_name + mask_postfix`` are added, ``[B, L]``. ``UserError`` where L is 0.
     """
 
     label_field: str
@@ -233,15 +227,12 @@ class NextTokenTransform(Transform):
         }
 
     def shortened(self, batch: TensorBatch) -> dict[str, Any]:
-        """Without the last columns, groups too."""
         shorter = dict(batch)
-        for name, value in batch.items():
-            if name in self.query_features:
-                continue
-            if isinstance(value, Mapping):
-                shorter[name] = self.shortened(value)
+        for name in batch.keys() - {*self.query_features}:
+            if isinstance(batch[name], Mapping):
+                shorter[name] = self.shortened(batch[name])
             elif self.tensor(batch, name).dim() > 1:
-                shorter[name] = value[:, : -self.shift]
+                shorter[name] = batch[name][:, : -self.shift]
         return shorter
 
 
@@ -249,12 +240,10 @@ class NextTokenTransform(Transform):
 class TokenMaskTransform(Transform):
     """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least ``mask_prob``.
 
-    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept, False = hidden
-    or padding. A row that would keep everything hides its last element; one that would keep nothing keeps the element
-    before it, where that is real.
-
+    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. A row that would keep everything hides its
+    last element; one that would keep nothing keeps the element before it, where that is real.
     shared_mask: draw one row for the whole batch and correct those two cases on the whole tensor (its last row, for
-    ``[B, L]``), padding or not, exactly as RePlay does. Off by default: draws are per user, and padding is never kept.
+    ``[B, L]``), padding or not, exactly as RePlay does. By default draws are per user, and padding is never kept.
     """
 
     token_field: str
@@ -302,10 +291,7 @@ class TrimTransform(Transform):
 
 
 class NegativeSampling(Transform):
-    """Distinct negatives by weights. weights: ``[..., V]``, of which items of weight 0 are never drawn.
-
-    UserError for weights below 0, and for rows of fewer items than negatives.
-    """
+    """Distinct negatives by weights ``[..., V]``; items of weight 0 are never drawn."""
 
     weights: Tensor
 
@@ -334,11 +320,10 @@ class NegativeSampling(Transform):
 class UniformNegativeSamplingTransform(NegativeSampling):
     """Adds ``num_negative_samples`` distinct ids ``[R]`` int64 of 0..cardinality-1, one vector for the batch.
 
-    sample_distribution: ``[cardinality]`` weights, equal if None; items of weight 0 are never drawn.
-    generator: on the weights' device; None is torch's default one. Draws are not compared with the positives: losses
-    mask
-        collisions.
-    Raises ``UserError`` for weights of another size, negative ones, or a pool that is too small.
+    Draws are not compared with the positives: losses mask collisions. ``UserError`` for a pool that is too small.
+
+    sample_distribution: ``[cardinality]`` weights, equal if None.
+    generator: on the weights' device; None is torch's default one.
     """
 
     pool: Tensor
@@ -369,8 +354,8 @@ class MultiClassNegativeSamplingTransform(NegativeSampling):
     names.
 
     sample_mask: ``[classes, cardinality]`` weights or indicators. One set of ids is drawn per class and batch; row b
-    receives that of class ``batch[negative_selector_name][b]``. Raises ``UserError`` for a class with fewer items than
-    negatives or a selector outside of the classes.
+    receives that of class ``batch[negative_selector_name][b]``. ``UserError`` for a class with fewer items than
+    negatives, and for a selector outside the classes.
     """
 
     def __init__(
@@ -389,7 +374,7 @@ class MultiClassNegativeSamplingTransform(NegativeSampling):
         self.selector = negative_selector_name
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        selector = require(batch, self.selector, "MultiClassNegativeSamplingTransform")
+        selector = self.tensor(batch, self.selector)
         classes = len(self.weights)
         if selector.numel() and not 0 <= int(selector.min()) <= int(selector.max()) < classes:
             raise self.error(f"'{self.selector}' must be between 0 and {classes - 1}")
