@@ -26,17 +26,14 @@ mpl.use("Agg")
 
 def test_using_encoders() -> None:
     encoder = TransformerEncoder(vocab_size=1000, embedding_dim=512, num_heads=8, num_layers=6, attn_dim=2048).eval()
-    input_ids = torch.randint(0, 1000, (32, 50))
+    input_ids = torch.randint(0, 1000, (2, 50))
     attention_mask = torch.ones_like(input_ids)
-    with torch.no_grad():
-        encoded = encoder(input_ids, attention_mask)
-    assert encoded.shape == (32, 50, 512)
-    input_ids, attention_mask = input_ids[:2], attention_mask[:2]
     attention_mask[1, 30:] = 0
     with torch.no_grad():
         encoded = encoder(input_ids, attention_mask)
         input_ids[1, 30:] = 0
         other_padding = encoder(input_ids, attention_mask)
+    assert encoded.shape == (2, 50, 512)
     assert torch.allclose(encoded[1, :30], other_padding[1, :30], atol=1e-5)
 
 

@@ -300,6 +300,13 @@ def test_bad_item_tables_are_refused(tmp_path: Path, change: dict, words: str) -
         FeaturesReader(_two_tower_schema(TOWER), METADATA, path)
 
 
+@pytest.mark.parametrize("width", [[4], "4", 2.0])
+def test_a_width_of_lists_that_is_no_number_is_refused(tmp_path: Path, width: object) -> None:
+    path = _write(tmp_path / "items.parquet", _item_table())
+    with pytest.raises(UserError, match=r"'tags': a list of 3 entries, metadata allows"):
+        FeaturesReader(_two_tower_schema(TOWER), {"tags": {"shape": width}}, path)
+
+
 def test_missing_files_columns_items_and_features_are_named(tmp_path: Path) -> None:
     schema = _two_tower_schema(TOWER)
     with pytest.raises(UserError, match="there is no Parquet file"):

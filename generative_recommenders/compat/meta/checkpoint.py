@@ -44,12 +44,11 @@ _UNREADABLE = (
 
 
 def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.Array | None) -> None:
-    """Fills a `SequenceRecommender` of the same sizes from such a file.
+    """Fills a `SequenceRecommender` of the same sizes from such a file; UserError where names or shapes do not fit.
 
-    item_ids: the prepared data's original ids ``[V]``, integers as text, where a row of their item table is
-    an original id (MovieLens), or that id + 1 where ids begin at 0 (`reorder_items`); None where their rows are
-    numbered as here, from 1 in sorted order of the ids (Amazon). Raises UserError where the file is none, or names or
-    shapes do not fit the model.
+    item_ids: the prepared data's original ids ``[V]``, integers as text, where the rows of the authors' item table are
+    original ids (MovieLens; `reorder_items`); None where they are numbered as here, from 1 in sorted order of the ids
+    (Amazon).
     """
     values = rename_parameters(read_meta_checkpoint(path))
     if item_ids is not None and ITEM_TABLE in values:
@@ -83,8 +82,7 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
     if (reason := _builds_more_than_it_holds(Path(path))) is not None:
         raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
+        with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {first_line(error)}") from error
@@ -95,8 +93,8 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
 
 
 def _builds_more_than_it_holds(path: Path) -> str | None:
-    """Why reading a file could fill more memory than it has bytes; None where it cannot, or where ``torch.load`` says
-    more."""
+    """Why reading a file could fill more memory than it has bytes; None where it cannot, and for unreadable files,
+    of which ``torch.load`` says more."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as pack:
@@ -113,31 +111,28 @@ def _builds_more_than_it_holds(path: Path) -> str | None:
 
 
 def rename_parameters(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. An unknown name and a tensor
-    that is no plain, finite weight are UserErrors."""
-    renamed, unknown = {}, []
-    for name, value in values.items():
-        if _DERIVED.fullmatch(name):
-            continue
-        found = (re.sub(theirs, to, name) for theirs, to in _NAMES if re.fullmatch(theirs, name))
-        ours = next(found, None)
-        if ours is None:
-            unknown.append(name)
-        else:
-            _check_weights(name, value, is_table=ours in (ITEM_TABLE, POSITIONS))
-            renamed[ours] = value.squeeze(-1) if ".ffn_" in ours and value.dim() == 3 else value
-    if unknown:
+    """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. UserError for an unknown name and for a
+    tensor that is no plain, finite weight."""
+    weights = {name: value for name, value in values.items() if not _DERIVED.fullmatch(name)}
+    names = {
+        name: re.sub(theirs, ours, name) for name in weights for theirs, ours in _NAMES if re.fullmatch(theirs, name)
+    }
+    if unknown := weights.keys() - names.keys():
         raise UserError(f"the checkpoint is not of SASRec or HSTU: unknown parameters {_listed(unknown)}")
+    renamed = {}
+    for name, ours in names.items():
+        value = weights[name]
+        _check_weights(name, value, is_table=ours in (ITEM_TABLE, POSITIONS))
+        renamed[ours] = value.squeeze(-1) if ".ffn_" in ours and value.dim() == 3 else value
     return renamed
 
 
 def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
     """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
     wrong = None
-    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested:
+    dense = type(value) in (Tensor, torch.nn.Parameter) and not value.is_nested and value.layout == torch.strided
+    if not dense or value.device.type != "cpu":
         wrong = "is no plain tensor"
-    elif value.layout != torch.strided or value.device != torch.device("cpu"):
-        wrong = f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
     elif value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         wrong = f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
     elif value.untyped_storage().nbytes() < value.numel() * value.element_size():
@@ -151,8 +146,8 @@ def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
 
 
 def are_numbers(item_ids: pa.Array) -> bool:
-    """Whether all original ids are numbers from 0 on, as MovieLens's and those of the authors' files of Books: then
-    they say the rows of the authors' item tables. Amazon's own, which begin with zeros or hold letters, do not."""
+    """Whether all original ids are numbers from 0 on, as in MovieLens and the authors' files of Books: then they are
+    rows of the authors' item tables. Amazon's own ids, with leading zeros and letters, are not."""
     return all(re.fullmatch("0|[1-9][0-9]*", each) for each in item_ids.to_pylist())
 
 

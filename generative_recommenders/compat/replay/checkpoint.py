@@ -15,12 +15,7 @@ from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
 from generative_recommenders.compat.replay.nn.ffn import PointWiseFeedForward, SwiGLUEncoder
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.sequential import (
-    QueryTower,
-    SasRec,
-    SasRecTransformerLayer,
-    TwoTower,
-)
+from generative_recommenders.compat.replay.nn.sequential import QueryTower, SasRec, SasRecTransformerLayer, TwoTower
 from generative_recommenders.compat.run import save_model
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
@@ -31,7 +26,7 @@ from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.trainer import Trainer
 
 _DERIVED = re.compile(r".*\.(scaling|_weight)")
-"""Buffers there that follow from sizes."""
+"""RePlay's buffers that follow from sizes."""
 _BLOCKS = (
     (r"attention_layers\.(\d+)\.(in|out)_proj[_.](weight|bias)", r"blocks.\1.\2_proj.\3"),
     (r"attention_layernorms\.(\d+)\.(weight|bias)", r"blocks.\1.query_norm.\2"),
@@ -39,14 +34,13 @@ _BLOCKS = (
     (r"forward_layers\.(\d+)\.linear2\.(weight|bias)", r"blocks.\1.ffn_out.\2"),
     (r"forward_layernorms\.(\d+)\.(weight|bias)", r"blocks.\1.ffn_norm.\2"),
 )
-"""Parameters of `SasRecTransformerLayer`, and the encoder's names of them."""
+"""Parameters of `SasRecTransformerLayer` and their names in the program's SASRec."""
 
 
 def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fills a model of RePlay's form from a checkpoint of RePlay's Lightning module, or of ours.
 
-    Its 1x1 convolutions become linear layers. UserError where the file is none, or names or shapes do not fit the
-    model.
+    RePlay's 1x1 convolutions become linear layers. UserError where names or shapes do not fit the model.
     """
     state = read_state(path, "state_dict", "a checkpoint that Lightning saved")
     renamed = {}
@@ -67,11 +61,11 @@ def save_as_run(
     item_ids: Sequence[str] | None = None,
     settings: RunSettings | None = None,
 ) -> Path:
-    """A run folder that main.py evaluates, predicts from and trains on, with the model's weights; returns its path.
+    """Makes a run folder of the model that main.py evaluates, predicts from and trains on; returns its path.
 
-    folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; in the prepared order unless
-    given, which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for
-    a model with further features or blocks of one's own, which have no counterpart.
+    folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; by default those in the prepared
+    order, as ``ParquetModule(prepared_folder=...)`` numbers them. settings: of everything but the model. UserError for
+    a model with further features or custom blocks, which have no counterpart.
     """
     settings = settings or RunSettings()
     dataset = SequenceDataset.open(Path(folder)).with_catalogue(settings.data.catalogue)
@@ -85,7 +79,7 @@ def save_as_run(
     aggregator: Any = body.embedding_aggregator
     layer: Any = body.encoder
     table = embedder.get_item_weights()
-    rows = _rows_of_items(dataset, table, item_ids)
+    rows = _rows_of_items(dataset, len(table), item_ids)
     bound = {"train_fn.dataset_name": dataset.manifest.name, "train_fn.item_embedding_dim": table.shape[1]}
     settings = settings.bind(bound | _bindings(model, aggregator, layer))
     trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
@@ -115,20 +109,8 @@ def save_as_run(
 def _has_counterpart(model: SasRec | TwoTower, body: QueryTower) -> bool:
     """Whether the program's encoder computes what the model does."""
     aggregator, norm = body.embedding_aggregator, body.output_normalization
-    own_items = True
-    if isinstance(model, TwoTower):
-        tower = model.body.item_tower
-        own_items = (
-            isinstance(tower.encoder, SwiGLUEncoder)
-            and tower.encoder.sw1.W2.in_features == 2 * tower.encoder.sw1.W2.out_features
-            and isinstance(tower.embedding_aggregator, SumAggregator)
-            # Its features are the items' own ids.
-            and all(torch.equal(ids.cpu(), torch.arange(len(ids))) for ids in tower.buffers(recurse=False))
-            and model.context_merger is None
-        )
-    return (
-        own_items
-        and isinstance(body.embedder, SequenceEmbedding)
+    queries = (
+        isinstance(body.embedder, SequenceEmbedding)
         and len(body.embedder.feature_embedders) == 1
         and isinstance(aggregator, PositionAwareAggregator)
         and isinstance(aggregator.embedding_aggregator, SumAggregator)
@@ -136,6 +118,18 @@ def _has_counterpart(model: SasRec | TwoTower, body: QueryTower) -> bool:
         and isinstance(body.encoder, SasRecTransformerLayer)
         and isinstance(norm, nn.LayerNorm)
         and norm.eps == nn.LayerNorm(1).eps
+    )
+    if not isinstance(model, TwoTower):
+        return queries
+    tower = model.body.item_tower
+    return (
+        queries
+        and model.context_merger is None
+        and isinstance(tower.encoder, SwiGLUEncoder)
+        and tower.encoder.sw1.W2.in_features == 2 * tower.encoder.sw1.W2.out_features
+        and isinstance(tower.embedding_aggregator, SumAggregator)
+        # Its features are the items' own ids.
+        and all(torch.equal(ids.cpu(), torch.arange(len(ids))) for ids in tower.buffers(recurse=False))
     )
 
 
@@ -169,17 +163,17 @@ def _bindings(
     return bound
 
 
-def _rows_of_items(dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None) -> torch.Tensor:
-    """``[V]``: the row of each prepared item; UserError where the model does not have it."""
+def _rows_of_items(dataset: SequenceDataset, num_rows: int, item_ids: Sequence[str] | None) -> list[int]:
+    """The row of each prepared item in the model's table; UserError where the model does not have it."""
     if item_ids is None:
-        if len(table) < dataset.num_items:
-            raise UserError(f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids")
-        return torch.arange(dataset.num_items)
+        if num_rows < dataset.num_items:
+            raise UserError(f"the model has {num_rows} items, {dataset.folder} {dataset.num_items}: give item_ids")
+        return [*range(dataset.num_items)]
+    if len(item_ids) > num_rows:
+        raise UserError(f"item_ids name {len(item_ids)} items, the model has {num_rows}")
     places = {str(name): row for row, name in enumerate(item_ids)}
-    if len(item_ids) > len(table):
-        raise UserError(f"item_ids name {len(item_ids)} items, the model has {len(table)}")
     wanted = dataset.original_item_ids().to_pylist()
     missing = [name for name in wanted if name not in places]
     if missing:
         raise UserError(f"item_ids lack {missing[0]!r} and {len(missing) - 1} more items of {dataset.folder}")
-    return torch.tensor([places[name] for name in wanted])
+    return [places[name] for name in wanted]

@@ -97,10 +97,14 @@ class RankingMetric(Metric):
 
 
 class PrecisionAt(RankingMetric):
+    """Precision@k."""
+
     metric = "precision"
 
 
 class RecallAt(RankingMetric):
+    """Recall@k."""
+
     metric = "recall"
 
 

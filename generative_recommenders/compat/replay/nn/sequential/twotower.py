@@ -35,14 +35,10 @@ __all__ = ["FeaturesReader", "FeaturesReaderProtocol", "ItemTower", "TwoTower", 
 class FeaturesReader:
     """Item features from a Parquet file, as tensors in the order of the item ids.
 
-    schema: names the item id and, by ``feature_sources``, the column of each feature (its own name unless given).
-    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up on the
-    left:
-        ``{"genres": {"shape": 5, "padding": 20}}``; without, the longest list and the feature's padding value.
-    path: one row an item, ids 0..V-1, already encoded.
-
-    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty or too
-    many.
+    schema: names the item id and, by ``feature_sources``, the column of each feature (its own name by default).
+    metadata: the features to read. A list feature may have a width and a value to pad it with on the left,
+        ``{"genres": {"shape": 5, "padding": 20}}``; the defaults are the longest list and the feature's padding value.
+    path: one row per item, ids 0..V-1, already encoded.
     """
 
     def __init__(self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
@@ -50,7 +46,7 @@ class FeaturesReader:
         unknown = [name for name in metadata if name not in schema]
         if unknown:
             raise UserError(f"FeaturesReader: metadata names features that the schema does not have: {unknown}")
-        sources = {name: schema[name].feature_source for name in {item: None, **metadata}}
+        sources = {name: schema[name].feature_source for name in (item, *metadata)}
         columns = {name: source.column if source else name for name, source in sources.items()}
         table = read_columns(Path(path), list(dict.fromkeys(columns.values())))
         ids = table[columns[item]].to_numpy()
@@ -78,14 +74,14 @@ class FeaturesReader:
 
 
 def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str, Any]) -> Tensor:
-    """The column as a tensor; ValueError for what is no category or no finite number, and for lists that are too
-    long."""
+    """The column as a tensor; ValueError for values that are no category or finite number, and for lists too long."""
     shape: tuple[int, ...] = ()
     if feature.is_list:
         longest = pc.max(pc.list_value_length(column)).as_py() or 0
-        shape = (settings.get("shape", longest),)
-        if longest > shape[0]:
-            raise ValueError(f"a list of {longest} entries, metadata allows {shape[0]}")
+        width = settings.get("shape", longest)
+        if not isinstance(width, int) or longest > width:
+            raise ValueError(f"a list of {longest} entries, metadata allows {width!r}")
+        shape = (width,)
     values, real = padded(column, shape, settings.get("padding", feature.padding_value))
     entries = values[real]
     if feature.is_cat:
@@ -127,12 +123,10 @@ class ItemTower(nn.Module):
         num_items = item.padding_value if ends_the_range else item.cardinality
         for name in self.feature_names:
             values = item_features_reader[name]
-            if values.shape[0] != num_items:
+            if (rows := len(values)) != num_items:
                 raise UserError(
-                    f"item feature {name!r} has {values.shape[0]} rows, the schema has {num_items} items: "
-                    "give every item one row"
+                    f"item feature {name!r} has {rows} rows, the schema has {num_items} items: give each a row"
                 )
-            # RePlay's checkpoints hold them under these names.
             self.register_buffer(_buffer_name(name), values)
 
     def forward(self, candidates_to_score: Tensor | None = None) -> Tensor:
@@ -164,20 +158,11 @@ class TwoTowerBody(nn.Module):
         super().__init__()
         self.embedder = embedder
         self.query_tower = QueryTower(
-            query_tower_feature_names,
-            embedder,
-            query_embedding_aggregator,
-            attn_mask_builder,
-            query_encoder,
+            query_tower_feature_names, embedder, query_embedding_aggregator, attn_mask_builder, query_encoder,
             query_tower_output_normalization,
-        )
+        )  # fmt: skip
         self.item_tower = ItemTower(
-            schema,
-            item_features_reader,
-            item_tower_feature_names,
-            embedder,
-            item_embedding_aggregator,
-            item_encoder,
+            schema, item_features_reader, item_tower_feature_names, embedder, item_embedding_aggregator, item_encoder
         )
 
     def forward(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> Tensor:
@@ -188,17 +173,14 @@ class TwoTowerBody(nn.Module):
 class TwoTower(NextItemModel):
     """Scores are dot products of the two towers' outputs.
 
-    context_merger: called as ``(model_hidden_state=[B, N, D], feature_tensors=...)`` on the query tower's
-    output, in training and in evaluation; what it returns is scored.
+    context_merger: called as ``(model_hidden_state=[B, N, D], feature_tensors=...)`` on the query tower's output, in
+    training and in evaluation; what it returns is scored.
     """
 
     body: TwoTowerBody
 
     def __init__(
-        self,
-        body: TwoTowerBody,
-        loss: protocols.LossProto,
-        context_merger: protocols.ContextMergerProto | None = None,
+        self, body: TwoTowerBody, loss: protocols.LossProto, context_merger: protocols.ContextMergerProto | None = None
     ) -> None:
         super().__init__(body, loss)
         self.context_merger = context_merger
@@ -249,4 +231,5 @@ class TwoTower(NextItemModel):
 
 
 def _buffer_name(feature: str) -> str:
+    # As in RePlay's checkpoints.
     return "item_reference_" + feature.replace(".", "_")
