@@ -21,9 +21,9 @@ FENCE = re.compile(
     r"*)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$",
     re.MULTILINE | re.DOTALL,
 )
+FEW_STEPS = ("--max_steps=3", "--noreport")
 SHORT = (
-    "--max_steps=3",
-    "--noreport",
+    *FEW_STEPS,
     "--gin_bindings=train_fn.num_epochs = 1",
     "--gin_bindings=train_fn.eval_users = 200",
 )
@@ -84,8 +84,9 @@ def clone(folder: Path) -> Path:
 
 
 def execute(folder: Path, words: list[str]) -> CompletedProcess[str]:
-    """``python ...`` as it stands on a page."""
-    return programs.execute(words[2:] if words[1] == "-m" else words[1:], folder, timeout=120)
+    """``python ...`` as it stands on a page, without the picture of curves."""
+    command = words[2:] if words[1] == "-m" else words[1:]
+    return programs.execute(command, folder, timeout=120, before=programs.without_curves)
 
 
 def trains(words: list[str]) -> bool:

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ import torch
 from docs import pages
 from docs.test_reference import in_navigation
 from generative_recommenders import serve
+from generative_recommenders.commands import train
 from generative_recommenders.commands.ablation.plan import AblationSettings
 from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import load_ablation, load_settings
@@ -74,6 +76,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_blocks_of_a_page_run(clone: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(clone)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(train, "Options", partial(train.Options, max_steps=3))  # of `train(...)` in Python blocks
     namespace: dict[str, object] = {"__name__": "page"}
     every = pages.blocks(page)
     for block, following in zip(every, [*every[1:], None]):
@@ -106,8 +109,10 @@ def run(clone: Path, block: pages.Block, words: list[str], following: pages.Bloc
         pages.check_words(block, words)
         return
     assert words[0] == "python", f"{block.place}: {words[0]} is no program that is known here"
-    if words[1:3] == ["-m", "pytest"]:
+    if words[1:3] in (["-m", "pytest"], ["-m", "venv"]):
         return
+    if "--resume" in words and block.mark is None:
+        words = [*words, *pages.FEW_STEPS]
     if pages.trains(words):
         if SHARED_RUN in words and "--auto_resume" not in words:
             pages.check_words(block, words)  # trained already, for all pages
