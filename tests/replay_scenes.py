@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from generative_recommenders.compat.replay.nn.loss import SampledLoss
+
 ITEM_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0, 0.7, 1.5, 0.2, 1.0])
 
 
@@ -28,3 +30,9 @@ def scene(positives: int = 1, items: int = 9):
 def with_logits(loss, weight):
     loss.logits_callback = dot_product(weight)
     return loss
+
+
+def value_of(loss, weight, hidden, labels, mask, negatives=(0, 4)):
+    """The loss; a sampled one is given the negatives."""
+    sampled = {"negative_labels": torch.tensor(negatives)} if isinstance(loss, SampledLoss) else {}
+    return with_logits(loss, weight)(hidden, labels, target_padding_mask=mask, **sampled)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generative_recommenders.compat.replay.models.nn.loss import SCEParams
 from generative_recommenders.compat.replay.nn.loss import (
     BCE,
     CE,
@@ -20,15 +19,6 @@ from generative_recommenders.compat.replay.nn.loss import (
 from generative_recommenders.errors import UserError
 from golden_parity import assert_near
 from replay_scenes import ITEM_WEIGHTS, scene, with_logits
-
-
-def test_defaults_are_the_documented_ones():
-    for loss in (BCESampled(), LogInCESampled(), LogInCE(cardinality=9)):
-        assert loss.negative_labels_ignore_index == -100
-        assert (loss.log_epsilon, loss.clamp_border) == (1e-6, 100.0)
-    assert LogOutCE(cardinality=9).negative_labels_ignore_index == -100
-    assert CESampled().negative_labels_ignore_index == -100
-    assert not SCEParams(1, 2, 3).mix_x
 
 
 def test_ce_sampled_takes_label_smoothing_and_reduction():

@@ -67,13 +67,10 @@ class MaskSequence(nn.Module):
 
     def compute_masked_targets(self, item_ids: Tensor, training: bool = False, inference: bool = False) -> MaskingInfo:
         """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``."""
-        if training:
-            return self._keep(self.training_targets(item_ids))
-        if inference:
-            return self._keep(self.inference_targets(item_ids), has_labels=False)
-        return self._keep(self.evaluation_targets(item_ids))
+        find = self.training_targets if training else self.inference_targets if inference else self.evaluation_targets
+        return self._keep(find(item_ids), has_labels=training or not inference)
 
-    def _keep(self, info: MaskingInfo, has_labels: bool = True) -> MaskingInfo:
+    def _keep(self, info: MaskingInfo, has_labels: bool) -> MaskingInfo:
         self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, has_labels
         return info
 

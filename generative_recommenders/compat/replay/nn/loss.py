@@ -69,7 +69,7 @@ class ReplayLoss(nn.Module):
     takes: names of the further arguments of torch's losses that a class accepts.
     """
 
-    core: catalogue.CatalogueLoss | sampled.SampledLoss
+    core: Any  # of objectives.losses
     takes: ClassVar[tuple[str, ...]] = ()
     weight: Tensor | None
     pos_weight: Tensor | None
