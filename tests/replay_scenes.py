@@ -1,12 +1,20 @@
-"""Small inputs of RePlay's losses."""
+"""Small schemas of RePlay's models and inputs of its losses."""
 
 from __future__ import annotations
 
 import torch
 
+from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
 from generative_recommenders.compat.replay.nn.loss import SampledLoss
 
 ITEM_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0, 0.7, 1.5, 0.2, 1.0])
+
+
+def item_schema(num_items: int, *further: TensorFeatureInfo) -> TensorSchema:
+    """Item ids below the padding id ``num_items``, 16 wide."""
+    kind, hint = FeatureType.CATEGORICAL, FeatureHint.ITEM_ID
+    return TensorSchema([TensorFeatureInfo("item_id", kind, True, hint, None, num_items, num_items, 16), *further])
 
 
 def dot_product(weight: torch.Tensor):

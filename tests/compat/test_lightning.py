@@ -15,8 +15,6 @@ import torch
 lightning = pytest.importorskip("lightning")
 
 from generative_recommenders.build.parts import build_model, build_task
-from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
-from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
 from generative_recommenders.compat.replay.nn.lightning.postprocessor import (
     PostprocessorBase,
     SeenItemsFilter,
@@ -45,6 +43,7 @@ from generative_recommenders.lightning import (
 )
 from generative_recommenders.lightning.parquet import prepared_table
 from generative_recommenders.training.trainer import Trainer
+from replay_scenes import item_schema
 from tiny_data import ragged_sequences, tiny_dataset
 from tiny_models import settings
 
@@ -148,13 +147,6 @@ def test_recommendations_of_a_model_alone_in_the_users_own_ids(tmp_path: Path, d
         trainer(tmp_path, max_steps=1).fit(LightningModule(model), own)
 
 
-def sasrec_schema(width: int = 16) -> TensorSchema:
-    item = TensorFeatureInfo(
-        "item_id", FeatureType.CATEGORICAL, True, FeatureHint.ITEM_ID, None, NUM_ITEMS, PADDING, width
-    )
-    return TensorSchema([item])
-
-
 def tables(dataset: SequenceDataset, **options: Any) -> ParquetModule:
     item, truth = {"shape": 11, "padding": PADDING}, {"shape": 1, "padding": -1}
     evaluated = {
@@ -166,22 +158,16 @@ def tables(dataset: SequenceDataset, **options: Any) -> ParquetModule:
         "test": evaluated,
         "predict": {name: evaluated[name] for name in ("query_id", "item_id", "train")},
     }
-    transforms = make_default_sasrec_transforms(sasrec_schema())
+    transforms = make_default_sasrec_transforms(item_schema(NUM_ITEMS))
     return ParquetModule(16, metadata, transforms, prepared_folder=dataset.folder, **options)
 
 
 def replay_model(name: str) -> torch.nn.Module:
     torch.manual_seed(2)
-    options = {
-        "embedding_dim": 16,
-        "num_heads": 2,
-        "num_blocks": 1,
-        "max_sequence_length": 11,
-        "dropout": 0.0,
-    }
+    options = {"embedding_dim": 16, "num_heads": 2, "num_blocks": 1, "max_sequence_length": 11, "dropout": 0.0}
     if name == "SasRec":
-        return SasRec.from_params(sasrec_schema(), **options)
-    return TwoTower.from_params(sasrec_schema(), {"item_id": torch.arange(NUM_ITEMS)}, **options)
+        return SasRec.from_params(item_schema(NUM_ITEMS), **options)
+    return TwoTower.from_params(item_schema(NUM_ITEMS), {"item_id": torch.arange(NUM_ITEMS)}, **options)
 
 
 @pytest.mark.parametrize("name", ["SasRec", "TwoTower"])
@@ -449,7 +435,7 @@ def test_several_loaders_have_a_suffix(tmp_path: Path, dataset: SequenceDataset)
             "query_id": {}, "item_id": {"shape": 2, "padding": PADDING}, "ground_truth": {"shape": 2, "padding": -1},
         }
     }  # fmt: skip
-    transforms = make_default_sasrec_transforms(sasrec_schema())
+    transforms = make_default_sasrec_transforms(item_schema(NUM_ITEMS))
     paths = [tmp_path / f"part{number}.parquet" for number in range(2)]
     data = ParquetModule(2, metadata, {"validation": transforms["validation"]}, validate_path=paths)
     metrics = ComputeMetricsCallback(["recall"], [NUM_ITEMS])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from generative_recommenders.compat.replay.checkpoint import load_replay_checkpoint, save_as_run
-from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
-from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.data import FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo
 from generative_recommenders.compat.replay.nn.ffn import SwiGLUEncoder
 from generative_recommenders.compat.replay.nn.sequential import SasRec, SasRecTransformerLayer, TwoTower
 from generative_recommenders.config.schema import RunSettings
@@ -19,20 +19,14 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
 from golden_parity import assert_near, load_golden, read_golden
 from programs import run_program
+from replay_scenes import item_schema
 from tiny_data import ragged_sequences, tiny_dataset
 
 NUM_ITEMS = 30
 
 
-def schema(extra: tuple[TensorFeatureInfo, ...] = ()) -> TensorSchema:
-    item = TensorFeatureInfo(
-        "item_id", FeatureType.CATEGORICAL, True, FeatureHint.ITEM_ID, None, NUM_ITEMS, NUM_ITEMS, 16
-    )
-    return TensorSchema([item, *extra])
-
-
-def sasrec(extra: tuple[TensorFeatureInfo, ...] = ()) -> SasRec:
-    return SasRec.from_params(schema(extra), 16, 2, 2, max_sequence_length=12)
+def sasrec(*further: TensorFeatureInfo) -> SasRec:
+    return SasRec.from_params(item_schema(NUM_ITEMS, *further), 16, 2, 2, max_sequence_length=12)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "_model."])
@@ -97,7 +91,7 @@ def test_a_sasrec_becomes_a_run_with_the_same_scores(tmp_path: Path, dataset: Se
 def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(tmp_path: Path, dataset: SequenceDataset) -> None:
     torch.manual_seed(1)
     reader = {"item_id": torch.arange(NUM_ITEMS)}
-    model = TwoTower.from_params(schema(), reader, 16, 2, 2, max_sequence_length=12).eval()
+    model = TwoTower.from_params(item_schema(NUM_ITEMS), reader, 16, 2, 2, max_sequence_length=12).eval()
     answer = Recommender.load(save_as_run(model, dataset.folder, tmp_path / "run"))
     names, users = dataset.original_item_ids().to_pylist(), dataset.original_user_ids().to_pylist()
     for user in (0, 3, 11):
@@ -133,16 +127,16 @@ def test_main_scores_such_a_run(tmp_path: Path, dataset: SequenceDataset) -> Non
 def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: SequenceDataset) -> None:
     genre = TensorFeatureInfo("genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3, embedding_dim=16)
     with pytest.raises(UserError, match="only a SasRec or TwoTower over item ids alone"):
-        save_as_run(sasrec((genre,)), dataset.folder, tmp_path / "run")
+        save_as_run(sasrec(genre), dataset.folder, tmp_path / "run")
     with pytest.raises(UserError, match="item_ids lack 'i00001'"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", ["a", "b"])
     with pytest.raises(UserError, match="item_ids name 31 items, the model has 30"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", [*map(str, range(NUM_ITEMS + 1))])
-    wide = TwoTower.from_params(schema(), {"item_id": torch.arange(NUM_ITEMS)}, 16, 2, 2)
+    wide = TwoTower.from_params(item_schema(NUM_ITEMS), {"item_id": torch.arange(NUM_ITEMS)}, 16, 2, 2)
     wide.body.item_tower.encoder = SwiGLUEncoder(16, 48)
     with pytest.raises(UserError, match=r"SwiGLUEncoder\(D, 2 D\)"):
         save_as_run(wide, dataset.folder, tmp_path / "run")
-    turned = TwoTower.from_params(schema(), {"item_id": torch.arange(NUM_ITEMS).flip(0)}, 16, 2, 2)
+    turned = TwoTower.from_params(item_schema(NUM_ITEMS), {"item_id": torch.arange(NUM_ITEMS).flip(0)}, 16, 2, 2)
     with pytest.raises(UserError, match="over item ids alone"):
         save_as_run(turned, dataset.folder, tmp_path / "run")
 
