@@ -130,6 +130,9 @@ def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: Seque
         save_as_run(sasrec(genre), dataset.folder, tmp_path / "run")
     with pytest.raises(UserError, match="item_ids lack 'i00001'"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", ["a", "b"])
+    names = dataset.original_item_ids().to_pylist()
+    with pytest.raises(UserError, match="item_ids name 30 items, of which 29 differ"):
+        save_as_run(sasrec(), dataset.folder, tmp_path / "run", [*names[:-1], names[0]])
     with pytest.raises(UserError, match="item_ids name 31 items, the model has 30"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", [*map(str, range(NUM_ITEMS + 1))])
     wide = TwoTower.from_params(item_schema(NUM_ITEMS), {"item_id": torch.arange(NUM_ITEMS)}, 16, 2, 2)

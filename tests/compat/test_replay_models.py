@@ -300,11 +300,18 @@ def test_bad_item_tables_are_refused(tmp_path: Path, change: dict, words: str) -
         FeaturesReader(_two_tower_schema(TOWER), METADATA, path)
 
 
-@pytest.mark.parametrize("width", [[4], "4", 2.0])
-def test_a_width_of_lists_that_is_no_number_is_refused(tmp_path: Path, width: object) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shape": [4]}, r"a list of 3 entries, metadata allows \[4\]"),
+        ({"shape": "4"}, "a list of 3 entries, metadata allows '4'"),
+        ({"padding": None}, "NoneType"),
+    ],
+)
+def test_metadata_that_are_no_numbers_are_refused(tmp_path: Path, settings: dict, words: str) -> None:
     path = _write(tmp_path / "items.parquet", _item_table())
-    with pytest.raises(UserError, match=r"'tags': a list of 3 entries, metadata allows"):
-        FeaturesReader(_two_tower_schema(TOWER), {"tags": {"shape": width}}, path)
+    with pytest.raises(UserError, match=f"'tags': .*{words}"):
+        FeaturesReader(_two_tower_schema(TOWER), {"tags": settings}, path)
 
 
 def test_missing_files_columns_items_and_features_are_named(tmp_path: Path) -> None:

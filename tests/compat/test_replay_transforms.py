@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.compat.replay.data import FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo
 from generative_recommenders.compat.replay.nn.lightning.postprocessor import SeenItemsFilter
 from generative_recommenders.compat.replay.nn.transform import (
     CopyTransform,
@@ -30,6 +31,7 @@ from generative_recommenders.compat.replay.nn.transform.template import (
 )
 from generative_recommenders.errors import UserError
 from golden_parity import read_golden
+from replay_scenes import item_schema
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +275,8 @@ def test_documented_example_of_the_filter():
 
 @pytest.mark.parametrize("make", [make_default_sasrec_transforms, make_default_twotower_transforms])
 def test_default_sets(make):
-    schema = SimpleNamespace(names=["item_id", "price"], item_id_feature_name="item_id")
+    price = TensorFeatureInfo("price", FeatureType.NUMERICAL, is_seq=True)
+    schema = item_schema(9, price)
     sets = make(schema, query_column="user")
     assert set(sets) == {"train", "validate", "test", "predict"}
     assert sets["validation"] is sets["validate"]

@@ -172,6 +172,8 @@ def _rows_of_items(dataset: SequenceDataset, num_rows: int, item_ids: Sequence[s
     if len(item_ids) > num_rows:
         raise UserError(f"item_ids name {len(item_ids)} items, the model has {num_rows}")
     places = {str(name): row for row, name in enumerate(item_ids)}
+    if len(places) < len(item_ids):
+        raise UserError(f"item_ids name {len(item_ids)} items, of which {len(places)} differ: give each item one row")
     wanted = dataset.original_item_ids().to_pylist()
     missing = [name for name in wanted if name not in places]
     if missing:

@@ -23,10 +23,7 @@ class SCEParams:
 
 
 class ScalableCrossEntropyLoss(nn.Module):
-    """SCE over rectangles (`objectives.losses.sce`), drawing from torch's global generator.
-
-    sce_params: ``SCEParams``.
-    """
+    """SCE over rectangles (`objectives.losses.sce`), drawing from torch's global generator."""
 
     def __init__(self, sce_params: SCEParams) -> None:
         super().__init__()
@@ -42,10 +39,9 @@ class ScalableCrossEntropyLoss(nn.Module):
     ) -> Tensor:
         """Mean loss, scalar; 0 where no bucket holds a position that counts.
 
-        embeddings: ``[B, L, D]``. positive_labels: ``[B, L]`` int64. all_embeddings: ``[V, D]``.
-        padding_mask: ``[B, L]`` bool, True = real. tokens_mask: ``[B, L]`` bool, True = does not count in the
-            mean.
-        Raises ``UserError`` where every position is masked, or a label is no row of ``all_embeddings``.
+        embeddings: ``[B, L, D]``. positive_labels: ``[B, L]`` int64. all_embeddings: ``[V, D]``. padding_mask:
+        ``[B, L]`` bool, True = real. tokens_mask: ``[B, L]`` bool, True = does not count in the mean. ``UserError`` where every
+        position is masked, or a label is no row of ``all_embeddings``.
         """
         counted = padding_mask if tokens_mask is None else padding_mask & ~tokens_mask
         if not counted.any():

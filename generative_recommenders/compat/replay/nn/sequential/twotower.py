@@ -58,7 +58,7 @@ class FeaturesReader:
         for name, settings in metadata.items():
             try:
                 values = _encoded(schema[name], table[columns[name]].combine_chunks(), settings)
-            except (ValueError, pa.ArrowException) as error:
+            except (TypeError, ValueError, pa.ArrowException) as error:
                 raise UserError(f"item feature {name!r}: {error}") from error
             self._features[name] = values[torch.from_numpy(order)]
 

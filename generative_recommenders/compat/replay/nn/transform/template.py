@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.data.schema import TensorSchema, item_id_feature
 from generative_recommenders.compat.replay.nn.transform import (
     GroupTransform,
     NextTokenTransform,
     RenameTransform,
     UnsqueezeTransform,
 )
-from generative_recommenders.errors import UserError
 
 __all__ = ["make_default_sasrec_transforms", "make_default_twotower_transforms"]
 
@@ -33,9 +32,7 @@ def make_default_sasrec_transforms(
     Train: next-item labels with a trailing axis, ``padding_mask``, ``target_padding_mask``, and the schema's features
     grouped as ``feature_tensors``. The others: ``padding_mask`` and ``feature_tensors``. All other columns stay.
     """
-    item = tensor_schema.item_id_feature_name
-    if item is None:
-        raise UserError("make_default_sasrec_transforms: the schema has no item id feature")
+    item = item_id_feature(tensor_schema, "make_default_sasrec_transforms").name
     group = {"feature_tensors": list(tensor_schema.names)}
     train: list[nn.Module] = [
         NextTokenTransform(label_field=item, query_features=[query_column, f"{query_column}_mask"]),
