@@ -39,9 +39,9 @@ class ScalableCrossEntropyLoss(nn.Module):
     ) -> Tensor:
         """Mean loss, scalar; 0 where no bucket holds a position that counts.
 
-        embeddings: ``[B, L, D]``. positive_labels: ``[B, L]`` int64. all_embeddings: ``[V, D]``. padding_mask:
-        ``[B, L]`` bool, True = real. tokens_mask: ``[B, L]`` bool, True = does not count in the mean. ``UserError`` where every
-        position is masked, or a label is no row of ``all_embeddings``.
+        embeddings: ``[B, L, D]``. positive_labels: ``[B, L]`` int64. all_embeddings: ``[V, D]``.
+        padding_mask: ``[B, L]`` bool, True = real. tokens_mask: ``[B, L]`` bool, True = does not count in the mean.
+        ``UserError`` where every position is masked, or a label is no row of ``all_embeddings``.
         """
         counted = padding_mask if tokens_mask is None else padding_mask & ~tokens_mask
         if not counted.any():
