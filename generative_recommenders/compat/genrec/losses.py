@@ -1,7 +1,7 @@
 """genrec's losses under their documented names, arguments and defaults.
 
-Differences on purpose: ``SequenceLoss`` reads its attention mask (genrec documents it and does not use it), and a batch
-without any target is a ``UserError`` where it was NaN.
+Differences on purpose: in ``SequenceLoss`` a position whose attention mask is 0 does not count (genrec documents the
+mask and does not use it), and a batch without any target is a ``UserError`` where it was NaN.
 """
 
 from __future__ import annotations

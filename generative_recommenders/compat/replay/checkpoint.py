@@ -61,7 +61,7 @@ def save_as_run(
     item_ids: Sequence[str] | None = None,
     settings: RunSettings | None = None,
 ) -> Path:
-    """Makes a run folder of the model that main.py evaluates, predicts from and trains on; returns its path.
+    """Makes the model a run that main.py evaluates, predicts from and trains on; returns the run's folder.
 
     folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; by default those in the prepared
     order, as ``ParquetModule(prepared_folder=...)`` numbers them. settings: of everything but the model. UserError for

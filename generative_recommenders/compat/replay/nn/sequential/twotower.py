@@ -39,6 +39,8 @@ class FeaturesReader:
     metadata: the features to read. A list feature may have a width and a value to pad it with on the left,
         ``{"genres": {"shape": 5, "padding": 20}}``; the defaults are the longest list and the feature's padding value.
     path: one row per item, ids 0..V-1, already encoded.
+
+    UserError where ids are not 0..V-1 each once, and where values are empty, too many or outside their categories.
     """
 
     def __init__(self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
@@ -158,9 +160,13 @@ class TwoTowerBody(nn.Module):
         super().__init__()
         self.embedder = embedder
         self.query_tower = QueryTower(
-            query_tower_feature_names, embedder, query_embedding_aggregator, attn_mask_builder, query_encoder,
+            query_tower_feature_names,
+            embedder,
+            query_embedding_aggregator,
+            attn_mask_builder,
+            query_encoder,
             query_tower_output_normalization,
-        )  # fmt: skip
+        )
         self.item_tower = ItemTower(
             schema, item_features_reader, item_tower_feature_names, embedder, item_embedding_aggregator, item_encoder
         )
