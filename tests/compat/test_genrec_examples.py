@@ -108,28 +108,30 @@ def test_unknown_names_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert "'decoder'" in caplog.text
 
 
-def test_attention_heatmap_has_the_documented_title(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "numbers"), [(3, 18), (40, 0)])
+def test_attention_heatmap_has_the_documented_titles_and_numbers_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch, width: int, numbers: int
+) -> None:
     import matplotlib.pyplot as plt
 
-    figures = []
+    figures, tokens = [], [str(i) for i in range(width)]
     monkeypatch.setattr(plt, "close", figures.append)
-    AttentionVisualization.plot_attention_heatmap(torch.ones(1, 2), ["a", "b"], ["c"])
+    weights = torch.rand(2 * width, width, dtype=torch.bfloat16, requires_grad=True)
+    AttentionVisualization.plot_attention_heatmap(weights, tokens, tokens + tokens)
     axes = figures[0].axes[0]
     titles = axes.get_title(), axes.get_xlabel(), axes.get_ylabel()
     monkeypatch.undo()
     plt.close(figures[0])
     assert titles == ("Attention Weights", "Input Tokens", "Output Tokens")
+    assert len(axes.texts) == numbers
 
 
-@pytest.mark.parametrize("width", [3, 40])
-def test_attention_heatmap_is_written(tmp_path: Path, width: int) -> None:
-    weights = torch.rand(2 * width, width, dtype=torch.bfloat16, requires_grad=True)
-    tokens = [str(i) for i in range(width)]
-    path = tmp_path / "heatmap.png"
-    AttentionVisualization.plot_attention_heatmap(weights, tokens, tokens + tokens, path)
+def test_attention_heatmap_is_written(tmp_path: Path) -> None:
+    path, weights = tmp_path / "heatmap.png", torch.rand(2, 1)
+    AttentionVisualization.plot_attention_heatmap(weights, ["a"], ["b", "c"], path)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="the tokens need"):
-        AttentionVisualization.plot_attention_heatmap(weights, tokens, tokens)
+        AttentionVisualization.plot_attention_heatmap(weights, ["a"], ["b"])
 
 
 def test_attention_heatmap_leaves_no_figure_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
