@@ -6,7 +6,6 @@ import dataclasses
 import re
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -19,15 +18,13 @@ from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.folder import check_file, locked
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
-from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.events import ReadOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import show
-
-_DEFAULTS = SyntheticBooksSettings()
 
 flags.DEFINE_string("dataset", "synthetic-books", "the data set; --list names them")
 flags.DEFINE_multi_string("plugin", [], PLUGIN_HELP)
@@ -99,40 +96,31 @@ flags.DEFINE_bool(
     "as text, JSON and PNG",
 )
 flags.DEFINE_string("output", None, "with --audit: folder of the reports; beside the prepared folder by default")
-flags.DEFINE_integer("synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter")
-flags.DEFINE_integer("synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter")
-flags.DEFINE_integer(
-    "synthetic_min_length", _DEFAULTS.min_length, f"synthetic-books: fewest ratings a user, 1 to {MAX_LENGTH}"
-)
-flags.DEFINE_float(
-    "synthetic_mean_length",
-    _DEFAULTS.mean_length,
-    f"synthetic-books: mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
-)
-flags.DEFINE_float("predictability", _DEFAULTS.predictability, "synthetic-books: predictable share")
-flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
 
+_SYNTHETIC_BOOKS = {
+    "synthetic_users": ("num_users", "users before the filter"),
+    "synthetic_items": ("num_items", "items before the filter"),
+    "synthetic_min_length": ("min_length", f"fewest ratings a user, 1 to {MAX_LENGTH}"),
+    "synthetic_mean_length": (
+        "mean_length", f"mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
+    ),
+    "predictability": ("predictability", "predictable share"),
+    "synthetic_seed": ("seed", "seed"),
+}  # fmt: skip
+"""Flags of `SyntheticBooksSettings`: the setting and the help of each."""
+for _flag, (_setting, _help) in _SYNTHETIC_BOOKS.items():
+    _default = getattr(SyntheticBooksSettings, _setting)
+    _define = flags.DEFINE_float if isinstance(_default, float) else flags.DEFINE_integer
+    _define(_flag, _default, f"synthetic-books: {_help}")
 
 _OF_CSV = "columns delimiter header quoting time_unit drop_missing"
-_OF_SYNTHETIC_BOOKS = (
-    "synthetic_users synthetic_items synthetic_min_length synthetic_mean_length predictability synthetic_seed"
-)
 _OPTIONS_OF_SOME = {
     **dict.fromkeys(_OF_CSV.split(), ("csv",)),
     **dict.fromkeys(("time_unit", "drop_missing"), ("csv", "exchange-text")),
-    **dict.fromkeys(_OF_SYNTHETIC_BOOKS.split(), ("synthetic-books",)),
+    **dict.fromkeys(_SYNTHETIC_BOOKS, ("synthetic-books",)),
 }
-_PREPARE_ONLY = [
-    "dataset",
-    "raw_path",
-    "name",
-    "k_core",
-    "tie_order",
-    "duplicates",
-    "engine",
-    "memory_limit",
-    "spark_master",
-]
+_ORDER, _ENGINE = "k_core tie_order duplicates", "engine memory_limit spark_master"
+_PREPARE_ONLY = f"dataset raw_path name {_ORDER} {_ENGINE}".split()
 """Flags that have no meaning where nothing is prepared, beside the options of one data set."""
 
 
@@ -160,10 +148,7 @@ def read_options() -> ReadOptions:
 
 def _export(folder: Path) -> None:
     """Writes the files that the export flags name."""
-    for path, export in (
-        (flags.FLAGS.export_text, export_text),
-        (flags.FLAGS.export_parquet, export_parquet),
-    ):
+    for path, export in ((flags.FLAGS.export_text, export_text), (flags.FLAGS.export_parquet, export_parquet)):
         if path is not None:
             export(SequenceDataset.open(folder), path)
             show(f"written: {path}")
@@ -197,35 +182,26 @@ def _check_flags() -> None:
         raise UserError("--spark_master needs --engine=spark")
 
 
-def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
+def _prepare() -> tuple[Manifest, Path]:
+    """The manifest and the folder of what the flags ask for."""
     given = flags.FLAGS
-    synthetic = SyntheticBooksSettings(
-        num_users=given.synthetic_users,
-        num_items=given.synthetic_items,
-        predictability=given.predictability,
-        min_length=given.synthetic_min_length,
-        mean_length=given.synthetic_mean_length,
-        seed=given.synthetic_seed,
-    )
+    memory_limit = parse_bytes(given.memory_limit)
+    settings = {setting: given[flag].value for flag, (setting, _) in _SYNTHETIC_BOOKS.items()}
     raw_path, data_root = None if given.raw_path is None else Path(given.raw_path), Path(given.data_root)
-    asked = partial(
-        resolve, given.dataset, raw_path=raw_path, data_root=data_root, options=read_options(), k_core=given.k_core,
-        result_name=given.name, synthetic=synthetic,
-    )  # fmt: skip
+    synthetic, options = SyntheticBooksSettings(**settings), read_options()
     # What is downloaded or made is one process's until it is read.
     with locked(data_root / "raw" / given.dataset) if raw_path is None else nullcontext():
-        return _prepare_from(asked(), data_root, memory_limit)
+        raw = resolve(
+            given.dataset, raw_path=raw_path, data_root=data_root, options=options, k_core=given.k_core,
+            result_name=given.name, synthetic=synthetic,
+        )  # fmt: skip
+        raw = dataclasses.replace(raw, tie_order=given.tie_order, duplicates=given.duplicates)
+        out = prepared_path(data_root, raw.name)
+        if given.engine == "spark":
+            from generative_recommenders.data.preparation.spark import prepare_with_spark
 
-
-def _prepare_from(raw: RawRatings, data_root: Path, memory_limit: int) -> tuple[Manifest, Path]:
-    given = flags.FLAGS
-    raw = dataclasses.replace(raw, tie_order=given.tie_order, duplicates=given.duplicates)
-    out = prepared_path(data_root, raw.name)
-    if given.engine == "spark":
-        from generative_recommenders.data.preparation.spark import prepare_with_spark
-
-        return prepare_with_spark(raw, out, given.spark_master), out
-    return prepare(raw, out, memory_limit), out
+            return prepare_with_spark(raw, out, given.spark_master), out
+        return prepare(raw, out, memory_limit), out
 
 
 def run(arguments: list[str]) -> int:
@@ -245,7 +221,7 @@ def run(arguments: list[str]) -> int:
 
             show(write_audit(folder, None if given.output is None else Path(given.output)))
         return 0
-    manifest, out = _prepare(parse_bytes(given.memory_limit))
+    manifest, out = _prepare()
     show(summary(manifest))
     show(f"prepared: {out}")
     _export(out)
@@ -271,13 +247,10 @@ HELP = Help(
     (
         ("What is prepared", "dataset raw_path name data_root plugin list"),
         ("How a file of your own is read", _OF_CSV),
-        ("Filter and order", "k_core tie_order duplicates"),
-        ("Engine", "engine memory_limit spark_master"),
-        (
-            "Exports and audit of what is prepared",
-            "prepared export_text export_parquet audit output",
-        ),
-        ("Synthetic books", _OF_SYNTHETIC_BOOKS),
+        ("Filter and order", _ORDER),
+        ("Engine", _ENGINE),
+        ("Exports and audit of what is prepared", "prepared export_text export_parquet audit output"),
+        ("Synthetic books", " ".join(_SYNTHETIC_BOOKS)),
     ),
 )
 

@@ -7,6 +7,7 @@ code.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -56,11 +57,8 @@ class EventColumn:
         return np.nan_to_num((values - np.float32(self.mean)) / np.float32(self.std), nan=0.0)
 
 
-def event_kinds(schema: pa.Schema) -> dict[str, str]:
-    """The columns of a table of events but the user, with their kinds; UserError for a name that batches use
-    otherwise."""
-    kind_of = {each: kind for kind, each in KINDS.items()}
-    kinds = {field.name: kind_of[field.type] for field in schema if field.name != "user"}
+def check_names(kinds: Mapping[str, str]) -> None:
+    """UserError for a column whose name batches use otherwise. kinds: by name."""
     for name, kind in kinds.items():
         odd = not re.fullmatch(r"[A-Za-z]\w*", name) or name.startswith(("past_", "target_"))
         if name not in KNOWN and (odd or name in _RESERVED):
@@ -69,7 +67,6 @@ def event_kinds(schema: pa.Schema) -> dict[str, str]:
                 f"none of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, "
                 f"as NAME={name}:{kind}"
             )
-    return kinds
 
 
 def is_missing(name: str, values: np.ndarray) -> np.ndarray:

@@ -3,9 +3,9 @@ manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -40,23 +40,40 @@ tell."""
 
 @dataclass(frozen=True)
 class Sequences:
-    """Contents of the prepared folder.
+    """What a prepared folder says of its events, whichever engine sorts them.
 
     texts: ids of users ``[U]`` and items ``[V]``, and categories that kept events have, by column: large_string, UTF-8
     order.
-    offsets: ``[U + 1]`` int64. kinds: of all columns but the user, in their order.
+    offsets: ``[U + 1]`` int64. kinds: of all columns but the user, in their order. before: counts as read. dropped:
+    events that ``--duplicates`` left out. recorded: what makes their order reproducible, see `Manifest.choices`.
     """
 
     texts: dict[str, pa.Array]
     offsets: np.ndarray
     kinds: dict[str, str]
+    before: dict[str, int]
+    dropped: int
+    recorded: dict[str, str] = field(default_factory=dict)
 
 
 Bucket: TypeAlias = dict[str, np.ndarray]
 """Sorted events, ``[n]`` by column as in `event_store.Events`, with places in `Sequences.texts` for codes."""
 
 
-def write_columns(
+def write_folder(
+    folder: Path, raw: RawRatings, sequences: Sequences, buckets: Iterable[Bucket], ticks_per_second: int
+) -> Manifest:
+    """Write all files; UserError if the counts are not those that ``raw`` expects. buckets: all events, sorted."""
+    for what, expected in (("item", raw.expected_items), ("user", raw.expected_users)):
+        found = len(sequences.texts[what])
+        if raw.duplicates == "keep" and expected not in (None, found):
+            counts = f"{found} {what}s after preparation where {expected} are expected"
+            raise UserError(f"{raw.name}: {counts}; is {raw.files[0]} the whole file?")
+    hashes = _write_columns(folder, sequences, buckets, ticks_per_second)
+    return _write_tables(folder, raw, sequences, hashes)
+
+
+def _write_columns(
     folder: Path, sequences: Sequences, buckets: Iterable[Bucket], ticks_per_second: int
 ) -> tuple[str, str]:
     """Write the flat columns, times in seconds; returns `EventDigests.hashes`."""
@@ -89,20 +106,8 @@ def write_columns(
     return digests.hashes()
 
 
-def write_tables(
-    folder: Path,
-    raw: RawRatings,
-    sequences: Sequences,
-    before: dict[str, int],
-    dropped: int,
-    hashes: tuple[str, str],
-    choices: dict[str, str],
-) -> Manifest:
-    """Write the Parquet tables of ids, features and vocabularies, and the manifest with its statistics.
-
-    before: counts as read. dropped: events that ``--duplicates`` left out. hashes: of `write_columns`. choices: how
-    events were ordered, see `Manifest`.
-    """
+def _write_tables(folder: Path, raw: RawRatings, sequences: Sequences, hashes: tuple[str, str]) -> Manifest:
+    """Write the Parquet tables of ids, features and vocabularies, and the manifest with its statistics."""
     users, user_specs = align("user", sequences.texts["user"], raw.user_features)
     items, item_specs = align("item", sequences.texts["item"], raw.item_features)
     tables, (counts, lengths) = dict(zip(TABLES, (items, users))), _sizes(sequences)
@@ -117,7 +122,7 @@ def write_tables(
     has_timestamps = "timestamp" in sequences.kinds
     manifest = Manifest(
         name=raw.name,
-        counts_before=before,
+        counts_before=sequences.before,
         counts=counts,
         lengths=lengths,
         has_ratings="rating" in sequences.kinds,
@@ -132,14 +137,14 @@ def write_tables(
         split_hashes={
             name: split_hash(hashes[0], name) for name in PROTOCOLS if name != "global_time" or has_timestamps
         },
-        choices=choices,
+        choices={"tie_order": raw.tie_order, "duplicates": raw.duplicates, **sequences.recorded},
     )
     write_manifest(folder, manifest)
     # The folder can be opened now, from which the statistics are counted.
     tied = np.memmap(folder / _TIED, np.bool_, "r") if has_timestamps else None
     statistics = sequence_statistics(SequenceDataset.open(folder), tied)
     (folder / _TIED).unlink(missing_ok=True)
-    manifest = replace(manifest, statistics={"dropped_duplicates": dropped, **statistics})
+    manifest = replace(manifest, statistics={"dropped_duplicates": sequences.dropped, **statistics})
     write_manifest(folder, manifest)
     return manifest
 
@@ -180,12 +185,3 @@ def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
     mean = total(np.asarray) / count
     deviation = (total(lambda values: np.square(values - mean)) / count) ** 0.5
     return EventColumn(name, kind, 0, mean, deviation or 1.0)
-
-
-def check_expected(raw: RawRatings, texts: Mapping[str, pa.Array]) -> None:
-    """UserError if the counts after preparation are not those that ``raw`` expects. texts: of `Sequences`."""
-    for what, expected in (("item", raw.expected_items), ("user", raw.expected_users)):
-        found = len(texts[what])
-        if expected is not None and expected != found:
-            counts = f"{found} {what}s after preparation where {expected} are expected"
-            raise UserError(f"{raw.name}: {counts}; is {raw.files[0]} the whole file?")

@@ -31,6 +31,16 @@ class Events:
     def __len__(self) -> int:
         return len(self.columns["user"])
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Of all columns but the user, in their order: see `schema.KINDS`."""
+        kinds = {
+            name: "categorical" if name in self.texts else "numerical" if values.dtype.kind == "f" else "time"
+            for name, values in self.columns.items()
+        }
+        del kinds["user"]
+        return kinds
+
     def counts(self, name: str, keep: np.ndarray | None = None) -> np.ndarray:
         """Counts of each text of a column. keep: ``[E]`` bool, the events that count; None for all."""
         codes, found = self.columns[name], np.zeros(len(self.texts[name]) + 1, np.int64)

@@ -23,13 +23,7 @@ from absl import logging
 from generative_recommenders.config.registry import DATA_SOURCES
 from generative_recommenders.data.manifest import FILE_NAME, Manifest
 from generative_recommenders.data.preparation import order
-from generative_recommenders.data.preparation.columns import (
-    Bucket,
-    Sequences,
-    check_expected,
-    write_columns,
-    write_tables,
-)
+from generative_recommenders.data.preparation.columns import Bucket, Sequences, write_folder
 from generative_recommenders.data.preparation.event_store import (
     BYTES_PER_EVENT,
     CHUNK_EVENTS,
@@ -40,7 +34,7 @@ from generative_recommenders.data.preparation.event_store import (
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
-from generative_recommenders.data.schema import event_kinds
+from generative_recommenders.data.schema import check_names
 from generative_recommenders.errors import UserError
 
 SORT_BYTES_PER_EVENT = 120
@@ -103,16 +97,16 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
     ids must fit in memory in any case. Raises UserError for bad input and for counts other than the expected
     ones.
     """
-    reader, _ = open_reader(raw)
-    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, NANOSECONDS["s"])
+    return prepare_batches(raw, open_reader(raw).batches(), Path(out_dir), memory_limit, NANOSECONDS["s"])
 
 
-def open_reader(raw: RawRatings) -> tuple[EventReader, dict[str, str]]:
-    """The reader of the raw files, and the kinds of their columns; UserError where they or the choices cannot be."""
+def open_reader(raw: RawRatings) -> EventReader:
+    """The reader of the raw files; UserError where their columns or the choices cannot be."""
     order.parse_filter(raw.filter)
     reader = EventReader(raw.files, raw.options)
-    order.check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
-    return reader, event_kinds(reader.schema)
+    order.check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.kinds)
+    check_names(reader.kinds)
+    return reader
 
 
 def prepare_batches(
@@ -137,18 +131,15 @@ def prepare_batches(
             ties, kept = order.order_raw(events, raw.tie_order, raw.duplicates, ticks_per_second, bucket_events)
             dropped = 0 if kept is None else int(len(kept) - kept.sum())
             chosen = order.apply_filter(events, raw.filter, kept)
-            choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
+            recorded: dict[str, str] = {}
             if raw.tie_order == "published":
                 ties, recorded = order.published_ranks(events, chosen.table)
-                choices |= recorded
-            sequences = number_texts(events, chosen.events, chosen.items)
-        if raw.duplicates == "keep":
-            check_expected(raw, sequences.texts)
+            before = {f"{name}s": len(events.texts[name]) for name in ("user", "item")} | {"events": len(events)}
+            texts, offsets = number_texts(events, chosen.events, chosen.items)
+        sequences = Sequences(texts, offsets, events.kinds, before, dropped, recorded)
         with phase("sort and write"):
-            buckets = sorted_buckets(events, sequences, ties, bucket_events)
-            hashes = write_columns(folder, sequences, buckets, ticks_per_second)
-        before = {f"{name}s": len(events.texts[name]) for name in ("user", "item")} | {"events": len(events)}
-        manifest = write_tables(folder, raw, sequences, before, dropped, hashes, choices)
+            buckets = sorted_buckets(events, offsets, ties, bucket_events)
+            manifest = write_folder(folder, raw, sequences, buckets, ticks_per_second)
         shutil.rmtree(spill, ignore_errors=True)
     return manifest
 
@@ -162,16 +153,16 @@ def phase(name: str) -> Iterator[None]:
     logging.info("%s: %.1f s", name, time.monotonic() - start)
 
 
-def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> Sequences:
-    """Puts places among the kept texts, in UTF-8 order, for the codes of users, items and categories: -1 for what is
-    not kept, and for the user of an event that is not.
+def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> tuple[dict[str, pa.Array], np.ndarray]:
+    """`Sequences.texts` and ``offsets``. The codes of users, items and categories become places among the texts, -1 for
+    what is not kept, and for the user of an event that is not.
 
     kept: ``[E]`` bool. kept_items: ``[raw items]`` bool.
     """
-    counts = {name: events.counts(name, kept) for name in events.texts}
-    texts, lengths = {}, np.empty(0, np.int64)
+    texts, offsets = {}, np.zeros(1, np.int64)
     for name, every in events.texts.items():
-        codes = np.flatnonzero(kept_items if name == "item" else counts[name])
+        counts = kept_items if name == "item" else events.counts(name, kept)
+        codes = np.flatnonzero(counts)
         codes = codes[pc.sort_indices(every.take(pa.array(codes))).to_numpy()]
         texts[name] = every.take(pa.array(codes))
         number = np.full(len(every) + 1, -1, np.int32)  # the last place is that of a missing value
@@ -182,24 +173,20 @@ def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> Se
             if name == "user":
                 column[part][~kept[part]] = -1
         if name == "user":
-            lengths = counts[name][codes]
-    kinds = {
-        name: "categorical" if name in texts else "numerical" if values.dtype.kind == "f" else "time"
-        for name, values in events.columns.items()
-        if name != "user"
-    }
-    return Sequences(texts, np.concatenate([[0], np.cumsum(lengths)]), kinds)
+            offsets = np.append(offsets, np.cumsum(counts[codes]))
+    return texts, offsets
 
 
 def sorted_buckets(
-    events: Events, sequences: Sequences, ties: np.ndarray | None, bucket_events: int
+    events: Events, offsets: np.ndarray, ties: np.ndarray | None, bucket_events: int
 ) -> Iterator[Bucket]:
     """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided).
 
-    ties: ``[raw events]`` what orders events of one time, None for their order in the files.
+    offsets: of `number_texts`. ties: ``[raw events]`` what orders events of one time, None for their order in the
+    files.
     """
     timestamps = events.columns.get("timestamp")
-    for rows, users in order.user_buckets(events.columns["user"], sequences.offsets, bucket_events):
+    for rows, users in order.user_buckets(events.columns["user"], offsets, bucket_events):
         times, tied = (None if keys is None else keys[rows] for keys in (timestamps, ties))
         sources = rows[order.chronological(users, times, tied)]
         yield {name: values[sources] for name, values in events.columns.items()}

@@ -23,13 +23,7 @@ import pyarrow.parquet as pq
 
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation import digests
-from generative_recommenders.data.preparation.columns import (
-    Bucket,
-    Sequences,
-    check_expected,
-    write_columns,
-    write_tables,
-)
+from generative_recommenders.data.preparation.columns import Bucket, Sequences, write_folder
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.preparation.order import parse_filter, tie_hashes
 from generative_recommenders.data.preparation.prepare import open_reader, phase
@@ -49,7 +43,8 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
     """``preparation.prepare`` on the Spark cluster ``master``; UserError where pyspark or Java is missing."""
     if raw.tie_order == "published":
         raise UserError("--tie_order=published is pandas' order on this machine alone: leave out --engine=spark")
-    reader, kinds = open_reader(raw)
+    reader = open_reader(raw)
+    kinds = reader.kinds
     categorical = [name for name, kind in kinds.items() if kind == "categorical" and name != "item"]
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
         scratch = folder / "spark"
@@ -75,12 +70,9 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
             texts = {"user": users["user"], "item": _read_parts(scratch / "items")["item"]}
             texts |= {name: _read_parts(scratch / f"values-{name}")[name] for name in categorical}
             offsets = np.concatenate([[0], np.cumsum(users["count"].to_numpy())])
-            sequences = Sequences({name: large_strings(each) for name, each in texts.items()}, offsets, kinds)
-            if raw.duplicates == "keep":
-                check_expected(raw, sequences.texts)
-            hashes = write_columns(folder, sequences, _buckets(scratch, sequences), NANOSECONDS["s"])
-            choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
-            manifest = write_tables(folder, raw, sequences, before, dropped, hashes, choices)
+            texts = {name: large_strings(each) for name, each in texts.items()}
+            sequences = Sequences(texts, offsets, kinds, before, dropped)
+            manifest = write_folder(folder, raw, sequences, _buckets(scratch, sequences), NANOSECONDS["s"])
         shutil.rmtree(scratch)
     return manifest
 

@@ -242,7 +242,11 @@ class EventReader:
         return table.to_arrow().cast(self.schema)
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """Of all columns but the user, as a prepared folder has them; items are categories."""
+        return {each.name: "categorical" if each.kind == "id" else each.kind for each in self.columns[1:]}
+
+    @property
     def schema(self) -> pa.Schema:
         """Of the batches."""
-        kinds = {"id": pa.large_string(), **KINDS}
-        return pa.schema([(column.name, kinds[column.kind]) for column in self.columns])
+        return pa.schema([("user", pa.large_string()), *((name, KINDS[kind]) for name, kind in self.kinds.items())])
