@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
@@ -26,14 +27,6 @@ _TAR_HEADERS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 HEADER_LIMIT = 1 << 20  # bytes
-_TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
-    ("r:", open),
-    ("r:gz", gzip.open),
-    ("r:bz2", bz2.open),
-    ("r:xz", lzma.open),
-)
-
-
 MOST_BYTES, MOST_MEMBERS = 64 << 30, 100_000
 """Limit of the unpacked size of an archive."""
 MOST_RATIO, FREE_BYTES = 200, 64 << 20
@@ -55,7 +48,7 @@ def is_archive(path: Path) -> bool:
     with path.open("rb") as source:
         if source.read(4) in {b"PK\x03\x04", b"PK\x05\x06"}:
             return True
-    return _tar_mode(path) is not None
+    return _tar_opener(path) is not None
 
 
 def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
@@ -123,9 +116,9 @@ def _safe_members(archive: Path) -> Iterator[_Member]:
 
 
 def _members(archive: Path) -> Iterator[_Member]:
-    mode = _tar_mode(archive)
-    if mode is not None:
-        with tarfile.open(archive, mode, tarinfo=_BoundedHeader) as tar:  # type: ignore[call-overload]
+    opener = _tar_opener(archive)
+    if opener is not None:
+        with opener(archive, "rb") as plain, tarfile.open(fileobj=plain, mode="r:", tarinfo=_BoundedHeader) as tar:
             for info in tar:
                 yield _Member(info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info))
         return
@@ -149,14 +142,12 @@ class _BoundedHeader(tarfile.TarInfo):
         return header
 
 
-def _tar_mode(path: Path) -> str | None:
-    """``r:``, ``r:gz``, ``r:bz2`` or ``r:xz`` if the file is a tar, by the mark that POSIX tars carry."""
+def _tar_opener(path: Path) -> Callable[..., Any] | None:
+    """What unpacks the file to a tar, by the mark that POSIX tars carry; None where nothing does."""
     # tarfile.is_tarfile would read the first header whole, whatever size it claims.
-    for mode, opener in _TAR_OPENERS:
-        try:
-            with opener(path, "rb") as source:
-                if source.read(512)[257:262] == b"ustar":
-                    return mode
-        except (OSError, EOFError, zlib.error, lzma.LZMAError):
-            continue
+    openers: tuple[Callable[..., Any], ...] = (open, gzip.open, bz2.open, lzma.open)
+    for opener in openers:
+        with suppress(OSError, EOFError, zlib.error, lzma.LZMAError), opener(path, "rb") as source:
+            if source.read(512)[257:262] == b"ustar":
+                return opener
     return None
