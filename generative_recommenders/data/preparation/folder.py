@@ -1,4 +1,4 @@
-"""Atomic writing of a prepared folder: into a temporary sibling that takes the target's place."""
+"""Atomic writing of prepared folders and of files: to a temporary sibling that takes the target's place."""
 
 from __future__ import annotations
 
@@ -28,43 +28,37 @@ def new_folder(target: Path) -> Iterator[Path]:
     An existing target is exchanged in one step where the file system can. UserError if it exists and is not a
     prepared folder, or if the disk is full or not writable.
     """
-    if os.path.islink(target):  # which keeps leading to what is made
-        target = Path(os.path.realpath(target))
-    scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
-    try:
+    with _beside(target) as scratch:
         empty_or_prepared = target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))
         if target.exists() and not empty_or_prepared:
             raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
+        scratch.mkdir()
+        yield scratch
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes."""
+    check_file(path)
+    with _beside(path) as scratch:
+        yield scratch
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary name beside ``target``, which takes its place if the block succeeds. A link keeps leading there."""
+    if os.path.islink(target):
+        target = Path(os.path.realpath(target))
+    scratch = _scratch(target)
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, f".{target.name}.tmp-")
-        scratch.mkdir()
         yield scratch
         _replace(scratch, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes.
-
-    A link keeps leading to the file, which is replaced.
-    """
-    check_file(path)
-    path = Path(os.path.realpath(path))
-    scratch = _scratch(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, f".{path.name}.tmp-")
-        yield scratch
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        _remove(scratch)
 
 
 def _scratch(path: Path) -> Path:
@@ -118,16 +112,22 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
     for path in folder.glob(f"{glob.escape(prefix)}{socket.gethostname()}-*"):
         process = path.name.rpartition("-")[2]
         if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder that may be there."""
+    with suppress(OSError):  # a name that is too long, for one, which is told where it is written
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _replace(scratch: Path, target: Path) -> None:
-    """Put ``scratch`` in the place of ``target``: in one step by Linux' exchange of names, or in two."""
-    if not target.exists():
-        scratch.rename(target)
+    """Put ``scratch`` in the place of ``target``: a folder by Linux' exchange of names, or in two steps."""
+    if not target.is_dir():
+        scratch.replace(target)
         return
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform.startswith("linux") else None
     paths = (_AT_FDCWD, os.fsencode(scratch), _AT_FDCWD, os.fsencode(target))

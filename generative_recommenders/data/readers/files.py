@@ -15,7 +15,7 @@ from generative_recommenders.errors import UserError
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
+_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 MOST_UNPACKED = 100
 """A file that unpacks to more than so many times its own size, and is not small, holds no events."""
@@ -27,8 +27,7 @@ def data_suffix(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None for a file that is no data."""
     name = _unpacked_name(path)
     suffix = Path(name).suffix
-    known = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
-    return suffix if suffix in known and not name.startswith((".", "_")) else None
+    return suffix if suffix in _SUFFIXES and not name.startswith((".", "_")) else None
 
 
 class EmptyFileError(UserError):
@@ -40,8 +39,7 @@ class EmptyFileError(UserError):
 
 def _unpacked_name(path: Path) -> str:
     """The name in lower case, without the suffix of its compression."""
-    name = path.name.lower()
-    return name.removesuffix(next((each for each in PACKED_SUFFIXES if name.endswith(each)), ""))
+    return re.sub(r"\.(gz|zst|zstd)$", "", path.name.lower())
 
 
 def data_files(folder: Path, files: list[Path]) -> list[Path]:
@@ -57,16 +55,14 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
             by_suffix.setdefault(suffix, []).append(path)
     kinds = [each for each in by_suffix if each != ".txt"] or list(by_suffix)
     if not kinds:
-        known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))
-        raise UserError(f"{folder}: holds no file that ends in {known} (or these and .gz or .zst)")
+        raise UserError(f"{folder}: holds no file that ends in {', '.join(_SUFFIXES)} (or these and .gz or .zst)")
     if len(kinds) > 1:
         names = ", ".join(by_suffix[each][0].name for each in kinds)
         raise UserError(f"{folder}: holds data files of several kinds ({names}); give one file with --raw_path")
+    unpacked: dict[str, Path] = {}
     for path in by_suffix[kinds[0]]:
         if path.name != path.name.encode(errors="replace").decode():
             raise UserError(f"{path}: the name is not UTF-8 text; rename the file")
-    unpacked: dict[str, Path] = {}
-    for path in by_suffix[kinds[0]]:
         other = unpacked.setdefault(_unpacked_name(path), path)
         if other is not path:
             raise UserError(f"{folder}: {other.name} and {path.name} hold the same events; remove one of them")
