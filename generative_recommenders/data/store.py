@@ -68,10 +68,9 @@ class SequenceDataset:
         # The one column that is read whole: places of events are taken from it unchecked afterwards.
         if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
             raise UserError(f"{folder / OFFSETS}: damaged: it does not rise from 0 to the count of events")
-        for owner in ("items", "users"):
-            _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
-        if "unrated_items" in manifest.counts:
-            _check_rows(folder / UNRATED, manifest.counts["unrated_items"])
+        for name in ("items", "users", "unrated_items"):
+            if name in manifest.counts:
+                _check_rows(folder / f"{name}.parquet", manifest.counts[name])
         items, ratings, timestamps = (maps.pop(name, None) for name in KNOWN_KINDS)
         assert items is not None
         return cls(folder, manifest, items, ratings, timestamps, offsets, maps)

@@ -83,10 +83,7 @@ def _without_header(delimiter: str) -> ReadOptions:
 PUBLISHED = {
     "amzn-books": PublishedRatings(
         archive=_remote(
-            _SNAP,
-            "ratings_Books.csv",
-            "87d923ddac2aacf40c1d0e0e056dbf4bf69c9c7d41852c6b434e781e759c0707",
-            "sha256",
+            _SNAP, "ratings_Books.csv", "87d923ddac2aacf40c1d0e0e056dbf4bf69c9c7d41852c6b434e781e759c0707", "sha256"
         ),
         ratings="ratings_Books.csv",
         ratings_bytes=None,
@@ -194,15 +191,12 @@ def _published(request: Request) -> RawRatings:
     """Published sets: the archive is downloaded from several mirrors and checked, or taken from ``--raw_path``."""
     published = PUBLISHED[request.name]
     origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
-    files = _find(origin, request.folder, {published.ratings, *published.items, *published.users})
-    if published.ratings not in files and origin.is_file() and not is_archive(origin):
-        files = {**files, published.ratings: origin}  # the ratings themselves, under whatever name
-    if published.ratings not in files:
-        raise UserError(f"{origin}: holds no {published.ratings} (or {published.ratings}.gz)")
-    complete = _is_complete(published, origin, files[published.ratings], downloaded=request.raw_path is None)
+    files = _find(origin, request.folder, published.ratings, published.items + published.users)
+    ratings = files[published.ratings]
+    complete = request.raw_path is None or _is_complete(published, origin, ratings)
     return RawRatings(
         name=request.name,
-        files=[files[published.ratings]],
+        files=[ratings],
         options=published.options,
         filter=published.filter,
         item_features=_side_table(published.items, files),
@@ -213,10 +207,10 @@ def _published(request: Request) -> RawRatings:
     )
 
 
-def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downloaded: bool) -> bool:
+def _is_complete(published: PublishedRatings, origin: Path, ratings: Path) -> bool:
     """Whether this is the published data, by the archive's checksum or the size or checksum of the ratings: only then
     do the counts after preparation have to be the published ones."""
-    if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
+    if is_archive(origin) and published.archive.describes(origin):
         return True
     with ratings.open("rb") as source:
         packed = source.read(2) == b"\x1f\x8b"
@@ -236,13 +230,10 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
 def _sasrec_text(request: Request) -> RawRatings:
     """Text of ``user item`` lines in time order, with MovieLens' side files where they lie beside it."""
     origin = _required_path(request)
-    files = _find(origin, request.folder, {"interactions.txt", "movies.dat", "users.dat"})
-    interactions = origin if origin.is_file() and not is_archive(origin) else files.get("interactions.txt")
-    if interactions is None:
-        raise UserError(f"{origin}: holds no interactions.txt (or interactions.txt.gz)")
+    files = _find(origin, request.folder, "interactions.txt", ("movies.dat", "users.dat"))
     return RawRatings(
         name=request.name,
-        files=[interactions],
+        files=[files["interactions.txt"]],
         options=ReadOptions("user,item", " "),
         item_features=_side_table(["movies.dat"], files),
         user_features=_side_table(["users.dat"], files),
@@ -289,20 +280,26 @@ def _required_path(request: Request) -> Path:
     return request.raw_path
 
 
-def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]:
-    """Which of `names` (or these and ``.gz``) a folder, file or archive holds; archives go to `folder`."""
-    if origin.is_dir():
-        candidates = [path for path in sorted(origin.rglob("*")) if path.is_file()]
-    elif is_archive(origin):
+def _find(origin: Path, folder: Path, ratings: str, side_files: tuple[str, ...]) -> dict[str, Path]:
+    """The files of these names (or these and ``.gz``) that a folder or archive holds; archives go to `folder`.
+
+    A file that is no archive holds the ratings, under whatever name. UserError if there are no ratings.
+    """
+    names = {ratings, *side_files}
+    if is_archive(origin):
         candidates = extract(origin, _folder_of(origin, folder), lambda name: name.removesuffix(".gz") in names)
+    elif origin.is_file():
+        return {ratings: origin}
     else:
-        candidates = [origin]
+        candidates = [path for path in sorted(origin.rglob("*")) if path.is_file()]
     found: dict[str, Path] = {}
     # The file nearest to the top counts: archives and folders also hold copies and samples further down.
     for path in sorted(candidates, key=lambda path: len(path.parts)):
         name = path.name.removesuffix(".gz")
         if name in names:
             found.setdefault(name, path)
+    if ratings not in found:
+        raise UserError(f"{origin}: holds no {ratings} (or {ratings}.gz)")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -278,6 +279,13 @@ def test_faults_report_one_line_errors(tmp_path: Path, name: str, options: dict[
     with pytest.raises(UserError, match=message) as caught:
         _resolve(name, tmp_path, **{"raw_path": None, **options})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ml-1m", "amzn-books", "sasrec-text"])
+def test_a_pipe_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: holds no "):
+        _resolve(name, tmp_path, tmp_path / "pipe")
 
 
 def test_the_header_of_ml_20m_names_the_columns(tmp_path: Path) -> None:
