@@ -30,13 +30,8 @@ def open_source(path: Path, options: ReadOptions) -> TableSource:
     kind = kind_of(path)
     if kind == "text":
         return TextSource(path, options)
-    of_text = {
-        "delimiter": options.delimiter is not None,
-        "header": options.header is not None,
-        "quoting": options.quoting != "auto",
-    }
-    for flag, given in of_text.items():
-        if given:
+    for flag in ("delimiter", "header", "quoting"):
+        if getattr(options, flag) != getattr(type(options), flag):
             raise UserError(f"{path}: --{flag} is for delimited text, and this is {kind}")
     if kind == "json":
         return JsonSource(path, options)
@@ -160,6 +155,8 @@ class JsonSource(TableSource):
                         "say what is read with --columns"
                     )
             for name in names:
+                half = values[name].str.contains("\0", literal=True).fill_null(False)  # polars reads one so
+                rows.refuse(half, values[name], name, "has a NUL character or half a surrogate pair")
                 _refuse_nested(values[name], name, block, rows)
             yield rows, values.select(pl.col(name).alias(str(place)) for name, place in zip(names, places))
 
