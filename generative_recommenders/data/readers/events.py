@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -80,8 +80,8 @@ def _no_time(path: Path, column: Column, sample: pl.Series) -> UserError:
     there = sample.is_not_null()
     if sample.dtype == pl.String:
         there &= ~sample.str.strip_chars().is_in(times.MISSING)
-    row = there.arg_max()
-    if row is None or not there[row]:
+    row = values.first_true(there)
+    if row is None:
         return UserError(
             f"{path}: the first {len(sample)} rows have no {column.name}, so that its format cannot be told; put a row "
             "that has one among them, or leave the column out of --columns"
@@ -129,7 +129,8 @@ class EventReader:
                 source = open_source(path, self.options)
                 if len(source.sample):
                     return source
-                deque(source.batches([0]), maxlen=0)  # where no line is like the first one, its fault is told
+                columns = find_columns(source, self.options.requests)
+                deque(source.batches(columns), maxlen=0)  # where no line is like the first one, its fault is told
         raise EmptyFileError(self.files[0])
 
     def _log(self, source: TableSource) -> None:
@@ -200,9 +201,9 @@ class EventReader:
                         f"{path}: the {name} is in {own}; {self.first.path} has {form}; all files must have the same"
                     )
         read = 0
-        for rows, frame in source.batches([column.place for column in columns]):
+        for rows, frame in source.batches(columns):
             read += len(frame)
-            yield self._typed(rows, frame, columns)
+            yield self._typed(rows, frame)
         if not read:
             raise EmptyFileError(path)
 
@@ -216,16 +217,15 @@ class EventReader:
         if self.dropped:
             logging.warning("%d events without a user or an item are left out", self.dropped)
 
-    def _typed(self, rows: values.Rows, frame: pl.DataFrame, columns: list[Column]) -> pa.Table:
+    def _typed(self, rows: values.Rows, frame: pl.DataFrame) -> pa.Table:
         typed: dict[str, pl.Series] = {}
         missing = pl.repeat(False, len(frame), eager=True)
-        for column in columns:
-            raw = frame[str(column.place)]
+        for column in self.columns:
+            raw = frame[column.name]
             if column.kind == "id":
                 typed[column.name], absent = values.ids(raw, column.name, rows)
                 missing |= absent
-                if absent.any() and not self._first_missing:
-                    at = cast(int, absent.arg_max())
+                if not self._first_missing and (at := values.first_true(absent)) is not None:
                     self._first_missing = str(rows.fault(at, column.name, raw[at], "is missing"))
             elif column.kind == "numerical":
                 typed[column.name] = values.numbers(raw, column.name, rows, optional=column.name != "rating")

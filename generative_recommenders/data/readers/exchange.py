@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import polars as pl
@@ -18,7 +17,7 @@ import polars as pl
 from generative_recommenders.data.readers import text
 from generative_recommenders.data.readers.files import EmptyFileError
 from generative_recommenders.data.readers.tables import SAMPLE_ROWS, TableSource
-from generative_recommenders.data.readers.values import Rows
+from generative_recommenders.data.readers.values import Rows, first_true
 from generative_recommenders.errors import UserError
 
 HEADER = ("index", "user_id", "sequence_item_ids", "sequence_ratings", "sequence_timestamps")
@@ -44,15 +43,11 @@ class ExchangeSource(TableSource):
         if sample is None:
             raise EmptyFileError(path)
         self.header = [name for name in _EVENT if name not in zero]
-        self.sample = self._by_place(sample, range(len(self.header)))
+        self.sample = sample.select(pl.col(name).alias(str(place)) for place, name in enumerate(self.header))
 
-    def batches(self, places):
+    def batches(self, columns):
         for rows, events in self._events():
-            yield rows, self._by_place(events, places)
-
-    def _by_place(self, events: pl.DataFrame, places) -> pl.DataFrame:
-        names = zip(self.names(places), map(str, places))
-        return events.select(pl.col(name).alias(place) for name, place in names)
+            yield rows, events.select(pl.col(column.header).alias(column.name) for column in columns)
 
     def _events(self) -> Iterator[tuple[Rows, pl.DataFrame]]:
         """User, item, rating and time of the events as text; UserError for lists of unequal length and items that are
@@ -71,8 +66,7 @@ class ExchangeSource(TableSource):
             lists = [each.str.split(",") for each in lists]
             items, ratings, times = (each.list.len() for each in lists)
             uneven = (items != ratings) | (items != times)
-            if uneven.any():
-                at = cast(int, uneven.arg_max())
+            if (at := first_true(uneven)) is not None:
                 counts = f"{items[at]}, {ratings[at]} and {times[at]}"
                 raise UserError(f"{self.path}, {by_line.place_of(at)}: the lists have {counts} entries")
             owners = np.repeat(np.arange(len(users)), items.to_numpy())

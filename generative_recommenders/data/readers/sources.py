@@ -16,7 +16,7 @@ from generative_recommenders.data.readers.files import kind_of
 from generative_recommenders.data.readers.layout import KNOWN_NAMES, has_known_names, is_named
 from generative_recommenders.data.readers.tables import ArrowSource, ParquetSource, TableSource
 from generative_recommenders.data.readers.times import MISSING
-from generative_recommenders.data.readers.values import Rows
+from generative_recommenders.data.readers.values import Rows, first_true
 from generative_recommenders.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -70,14 +70,17 @@ class TextSource(TableSource):
         names = [str(place) for place in range(len(rows[0]))]
         self.sample = pl.DataFrame(body, dict.fromkeys(names, pl.String), orient="row")
 
-    def batches(self, places):
+    def batches(self, columns):
+        places = [column.place for column in columns]
         skip = self.first_line if self.header is not None else self.first_line - 1
         for whole in text.read_blocks(self.path, self.dialect.delimiter if self.dialect.quoting else None):
             block = whole.after_line(skip)
             if not block.data.strip(b" \t\n"):
                 continue
-            table = text.parse(self.path, block, self.dialect, self.sample.width, list(places))
-            yield text.rows_of(self.path, block, self.dialect), pl.DataFrame(pl.from_arrow(table))
+            table = text.parse(self.path, block, self.dialect, self.sample.width, places)
+            frame = pl.DataFrame(pl.from_arrow(table))
+            frame.columns = [column.name for column in columns]
+            yield text.rows_of(self.path, block, self.dialect), frame
 
 
 def find_dialect(path: Path, lines: list[str], options: ReadOptions) -> text.Dialect:
@@ -138,8 +141,8 @@ class JsonSource(TableSource):
         self.watched = known if options.requests is None else []
         """Known names that no first line has: one that comes later would be left out in silence."""
 
-    def batches(self, places):
-        names = self.names(places)
+    def batches(self, columns):
+        names = [column.header for column in columns]
         if nested := set(names) & self.nested:
             raise UserError(f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event")
         for block in text.read_blocks(self.path):
@@ -148,17 +151,16 @@ class JsonSource(TableSource):
             rows = text.rows_of(self.path, block, text.Dialect(None, quoting=False))
             values = _read_json(self.path, block.data, block.first_line, [*names, *self.watched])
             for name in self.watched:
-                if values[name].null_count() < len(values):
-                    line = rows.place_of(values[name].is_not_null().arg_max() or 0)
+                if (row := first_true(values[name].is_not_null())) is not None:
                     raise UserError(
-                        f"{self.path}, {line}: the key {name!r}, which none of the first {len(self.sample)} lines has; "
-                        "say what is read with --columns"
+                        f"{self.path}, {rows.place_of(row)}: the key {name!r}, which none of the first "
+                        f"{len(self.sample)} lines has; say what is read with --columns"
                     )
             for name in names:
                 half = values[name].str.contains("\0", literal=True).fill_null(False)  # polars reads one so
                 rows.refuse(half, values[name], name, "has a NUL character or half a surrogate pair")
                 _refuse_nested(values[name], name, block, rows)
-            yield rows, values.select(pl.col(name).alias(str(place)) for name, place in zip(names, places))
+            yield rows, values.select(pl.col(column.header).alias(column.name) for column in columns)
 
 
 def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:

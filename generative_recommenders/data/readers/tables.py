@@ -15,6 +15,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.readers.files import EmptyFileError, open_raw, unpacked_limit
+from generative_recommenders.data.readers.layout import Column
 from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
 from generative_recommenders.errors import UserError, first_line
 
@@ -27,7 +28,8 @@ _DIFFERENCE_ROWS = 128
 
 
 class TableSource(ABC):
-    """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns."""
+    """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns,
+    called "0", "1", ... by their places."""
 
     header: list[str] | None
     sample: pl.DataFrame
@@ -37,14 +39,9 @@ class TableSource(ABC):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def names(self, places: Sequence[int]) -> list[str]:
-        """Names of the columns at ``places``, by the header."""
-        assert self.header is not None
-        return [self.header[place] for place in places]
-
     @abstractmethod
-    def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
-        """All rows in order, of the columns at ``places`` (named "0", "1", ...), a bounded number at a time."""
+    def batches(self, columns: Sequence[Column]) -> Iterator[tuple[Rows, pl.DataFrame]]:
+        """All rows in order, of these columns by their names, a bounded number at a time."""
 
 
 class ParquetSource(TableSource):
@@ -77,10 +74,9 @@ class ParquetSource(TableSource):
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path}: not a readable Parquet file, or cut short: {first_line(error)}") from error
 
-    def batches(self, places):
-        names = self.names(places)
-        for first, batch in self._read(names, _batch_rows(places)):
-            yield _rows_and_frame(self.path, first, batch, names, places)
+    def batches(self, columns):
+        for first, batch in self._read([column.header for column in columns], _batch_rows(columns)):
+            yield _rows_and_frame(self.path, first, batch, columns)
 
     def _read(self, names: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Batches with the number of rows before each."""
@@ -151,12 +147,12 @@ class ArrowSource(TableSource):
         except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f"{self.path}: damaged or cut short: {first_line(error)}") from error
 
-    def batches(self, places):
-        names, done = self.names(places), 0
+    def batches(self, columns):
+        done = 0
         for batch in self._record_batches():
-            for first in range(0, batch.num_rows, _batch_rows(places)):
-                part = batch.slice(first, _batch_rows(places))
-                yield _rows_and_frame(self.path, done + first, part, names, places)
+            for first in range(0, batch.num_rows, _batch_rows(columns)):
+                part = batch.slice(first, _batch_rows(columns))
+                yield _rows_and_frame(self.path, done + first, part, columns)
             done += batch.num_rows
 
 
@@ -240,9 +236,9 @@ class _FlatTable:
         return list(struct.iter_unpack(form, self.data[place + 4 : place + 4 + count * struct.calcsize(form)]))
 
 
-def _batch_rows(places: Sequence[int]) -> int:
+def _batch_rows(columns: Sequence[Column]) -> int:
     """Rows of so many columns that lie within the budget."""
-    return _BATCH_BYTES // (64 * max(1, len(places)))
+    return _BATCH_BYTES // (64 * len(columns))
 
 
 def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -270,23 +266,22 @@ def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
 
 
 def _rows_and_frame(
-    path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
+    path: Path, first: int, batch: pa.RecordBatch, columns: Sequence[Column]
 ) -> tuple[Rows, pl.DataFrame]:
-    """Columns of a batch by place."""
     rows = Rows(str(path), lambda row: f"row {first + row + 1}")
-    columns = []
-    for name, place in zip(names, places):
-        column = batch.column(name)
+    found = []
+    for column in columns:
+        values = batch.column(column.header)
         try:
-            columns.append(_series(column).alias(str(place)))
+            found.append(_series(values).alias(column.name))
         except _LongTextError as long:
             what = f"has {long.size} bytes; an id has at most {MAX_ID_BYTES}"
-            raise rows.fault(long.row, name, None, what) from None
+            raise rows.fault(long.row, str(column.header), None, what) from None
         except _NO_SERIES:
             raise UserError(
-                f"{path}: column {name!r} is of type {column.type}, which holds no value of an event"
+                f"{path}: column {column.header!r} is of type {values.type}, which holds no value of an event"
             ) from None
-    return rows, pl.DataFrame(columns)
+    return rows, pl.DataFrame(found)
 
 
 class _LongTextError(Exception):

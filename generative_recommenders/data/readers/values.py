@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import polars as pl
 
@@ -39,9 +38,14 @@ class Rows:
 
     def refuse(self, bad: pl.Series, values: pl.Series, name: str, reason: str) -> None:
         """UserError for the first row where ``bad`` is true."""
-        at = bad.fill_null(True).arg_max()
-        if at is not None and bad.fill_null(True)[at]:
+        if (at := first_true(bad.fill_null(True))) is not None:
             raise self.fault(at, name, values[at], reason)
+
+
+def first_true(flags: pl.Series) -> int | None:
+    """The first row whose flag is true."""
+    row = flags.arg_max()
+    return row if row is not None and flags[row] else None
 
 
 def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]:
@@ -98,10 +102,9 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
         missing |= values.is_nan().fill_null(True)
     if not optional:
         rows.refuse(missing, values, name, _ABSENT)
-    bad = found.is_null() & ~missing
-    if not bad.any():
+    row = first_true(found.is_null() & ~missing)
+    if row is None:
         return found
-    row = cast(int, bad.arg_max())
     if values.dtype.is_temporal():  # which may be no time that Python can show
         raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
     reason = "is not a time"
