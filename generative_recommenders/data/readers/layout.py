@@ -105,8 +105,7 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
                 "--columns=user,item,rating,timestamp with _ for one to skip; where line 1 names them, say which is "
                 f"what, as --columns='user={source.first_fields[0][:40]},item=...'"
             )
-        roles = {role: places for role in KNOWN if (places := _known_places(header, role))}
-        found = [(ColumnRequest(role), _one_place(path, header, role, at)) for role, at in roles.items()]
+        found = [(ColumnRequest(role), places) for role in KNOWN if (places := _known_places(header, role))]
     # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
     elif (
         header is None
@@ -117,10 +116,11 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
             and None in requests
         )
     ):
-        found = _by_place(path, header, source.sample.width, requests)
+        _check_places(path, header, source.sample.width, requests)
+        found = [(request, [place]) for place, request in enumerate(requests) if request is not None]
     else:
-        found = _by_name(path, header, requests)
-    columns = [_column(path, request, place, header) for request, place in found]
+        found = [(request, _places(header, request)) for request in requests if request is not None]
+    columns = [_column(path, request, places, header) for request, places in found]
     for role in ("user", "item"):
         if role not in [column.name for column in columns]:
             among = "" if header is None else f" among: {', '.join(header)[:200]}"
@@ -142,25 +142,9 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
     return columns
 
 
-Found = list[tuple[ColumnRequest, int]]
-"""Requests with the places of their columns."""
-
-
-def _by_name(path: Path, header: Sequence[str], requests: Requests) -> Found:
-    found = []
-    for request in filter(None, requests):
-        places = _places(header, request)
-        if not places:
-            wanted = request.file_column or request.name
-            close = difflib.get_close_matches(wanted, list(header), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"{path}: no column {wanted!r} among: {', '.join(header)[:200]}{hint}")
-        found.append((request, _one_place(path, header, request.name, places)))
-    return found
-
-
-def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> Found:
-    """In the order of the file, whose header must not contradict."""
+def _check_places(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> None:
+    """UserError where requests cannot be those of the file's columns in their order, whose header must not
+    contradict."""
     for request, name in zip(requests, header or ()):
         role = _role_of(name)
         if request is not None and request.name in KNOWN_NAMES and role not in (None, request.name):
@@ -177,7 +161,6 @@ def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, request
             raise UserError(
                 f"{path}: no column {request.file_column!r}: line 1 is no header; --header=yes says that it is"
             )
-    return [(request, place) for place, request in enumerate(requests) if request is not None]
 
 
 def is_named(requests: Requests, header: Sequence[str]) -> bool:
@@ -214,24 +197,28 @@ def _places(header: Sequence[str], request: ColumnRequest) -> list[int]:
 
 
 def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[int]) -> int:
-    """The place of a role; UserError where several columns may have it."""
+    """The place of a role that several columns may have; UserError where none of them comes first."""
     plain = {place: normalise(header[place]) for place in places}
     first = [place for place in places if not set(_SECOND.get(plain[place], "").split()) & set(plain.values())]
-    names = [repr(header[place]) for place in (first if len(first) > 1 else places)]
+    chosen, names = header[first[0]], [repr(header[place]) for place in (first if len(first) > 1 else places)]
     if len(first) > 1:
         raise UserError(
-            f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, "
-            f"as {role}={header[first[0]]}"
+            f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, as {role}={chosen}"
         )
-    if len(places) > 1:
-        logging.warning(
-            "%s: of %s the %s is %r; %s= in --columns takes another",
-            path, ", ".join(names), role, header[first[0]], role,
-        )  # fmt: skip
+    shown = ", ".join(names)
+    logging.warning("%s: of %s the %s is %r; %s= in --columns takes another", path, shown, role, chosen, role)
     return first[0]
 
 
-def _column(path: Path, request: ColumnRequest, place: int, header: Sequence[str] | None) -> Column:
+def _column(path: Path, request: ColumnRequest, places: Sequence[int], header: Sequence[str] | None) -> Column:
+    """A requested column, which may lie at any of the places; UserError where it is none, or not one."""
+    if not places:
+        assert header is not None
+        wanted = request.file_column or request.name
+        close = difflib.get_close_matches(wanted, list(header), 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"{path}: no column {wanted!r} among: {', '.join(header)[:200]}{hint}")
+    place = _one_place(path, header, request.name, places) if header and len(places) > 1 else places[0]
     name, kind = request.name, request.kind or _KIND_OF.get(request.name)
     role = _role_of(name)
     if kind is None and role is not None and header is not None and request.file_column is None:
