@@ -30,6 +30,7 @@ def read(path: Path, options: ReadOptions = COMMAS) -> dict[str, list]:
 
 def write(tmp_path: Path, data: str | bytes, name: str = "r.csv") -> Path:
     path = tmp_path / name
+    path.unlink(missing_ok=True)  # a file that is written over goes to the disk at once on ext4, which takes long
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return path
 

@@ -21,6 +21,7 @@ from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
+from ratings_files import write
 from tiny_data import dataset_of
 
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
@@ -152,9 +153,9 @@ def fuzz(folder: Path, seed: int, count: int) -> int:
     for _ in range(count):
         at = rng.randrange(len(data))
         piece = rng.choice([b"", b'"', b",", b"\n", b"-", b"\xff", b"\0", b"9", b"e9", b"nan", b"\r"])
-        (folder / "s.csv").write_bytes(data[:at] + piece + data[at + rng.randint(0, 2) :])
+        path = write(folder, data[:at] + piece + data[at + rng.randint(0, 2) :])
         try:
-            assert sum(table.num_rows for table in EventReader([folder / "s.csv"], EXCHANGE).batches()) > 0
+            assert sum(table.num_rows for table in EventReader([path], EXCHANGE).batches()) > 0
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1

@@ -17,6 +17,7 @@ import pytest
 from generative_recommenders.data.sources import archives
 from generative_recommenders.data.sources.archives import extract, is_archive
 from generative_recommenders.errors import UserError
+from ratings_files import write
 
 UNSAFE_NAMES = ["../evil.csv", "a/../../evil.csv", "/etc/evil.csv", "C:/evil.csv", "..\\evil.csv", "a/.."]
 TAR_MODES = {"w": ".tar", "w:gz": ".tar.gz", "w:bz2": ".tar.bz2", "w:xz": ".tar.xz"}
@@ -202,7 +203,7 @@ def test_damage_never_escapes_as_another_error(tmp_path: Path, name: str) -> Non
         for _ in range(rng.randrange(1, 4)):
             if broken:
                 broken[rng.randrange(len(broken))] = rng.randrange(256)
-        path.write_bytes(bytes(broken))
+        write(tmp_path, bytes(broken), name)
         try:
             extract(path, tmp_path / "out", everything)
         except UserError as error:

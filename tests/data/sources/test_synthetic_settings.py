@@ -40,8 +40,6 @@ def test_lengths_are_flags(tmp_path: Path) -> None:
     (["--synthetic_mean_length=2.75"], "mean_length = 2.75 is out of range, min_length = 6 to 200"),
     (["--synthetic_mean_length=nan"], "mean_length = nan is out of range"),
     (["--synthetic_mean_length=1e9"], "mean_length = 1000000000.0 is out of range"),
-    (["--dataset=csv", "--synthetic_min_length=1"], "--synthetic_min_length is for --dataset=synth"),
-    (["--dataset=ml-1m", "--synthetic_mean_length=9"], "--synthetic_mean_length is for --dataset=synth"),
 ])  # fmt: skip
 def test_length_flags_that_cannot_act_are_named(tmp_path: Path, flags: list[str], line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
