@@ -86,8 +86,6 @@ def test_k_core_is_kept(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(HEADER + '0,7,"1,2,3","1,1,1","1,2,3"\n1,8,"1,2","1,1","1,2"\n2,9,1,1,1\n')
     manifest = import_text(tmp_path / "s.csv", tmp_path / "out", "t", k_core=2)
     assert (manifest.filter, manifest.counts["users"], manifest.counts["events"]) == ("k_core:2", 2, 4)
-    with pytest.raises(UserError, match="--k_core=0 must be at least 1"):
-        import_text(tmp_path / "s.csv", tmp_path / "out", "t", k_core=0)
 
 
 @pytest.mark.parametrize("zeros", ["", "ratings", "timestamps"])

@@ -30,15 +30,6 @@ def test_a_missing_rating_is_no_header(tmp_path: Path, mark: str) -> None:
     assert read(path, ReadOptions("user,item,x:numerical"))["user"] == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    ("header", "role", "first", "second"),
-    [("user_id,User ID,item", "user", "user_id", "User ID"), ("user,item,rating,Rating", "rating", "rating", "Rating")],
-)
-def test_names_that_differ_in_case_alone(tmp_path: Path, header: str, role: str, first: str, second: str) -> None:
-    path = write(tmp_path, f"{header}\n1,2,3{',4' * (header.count(',') - 2)}\n")
-    assert f"{first!r} and {second!r} may each be the {role}" in error_of(path, ReadOptions())
-
-
 def test_decimal_times_keep_their_fractions_and_decimal_integers_are_ids(tmp_path: Path) -> None:
     times = pa.array([Decimal("1600000000.900"), Decimal("1600000000.100")], pa.decimal128(20, 3))
     user = pa.array([Decimal(10**30), Decimal(7)], pa.decimal128(38, 0))
