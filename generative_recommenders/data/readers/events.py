@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +141,15 @@ class EventReader:
         used = {column.place for column in self.columns}
         if rest := [name for place, name in enumerate(source.header or ()) if place not in used]:
             logging.info("%s: columns left out: %s", source.path, ", ".join(rest)[:200])
-        for row in range(min(SHOWN_EVENTS, len(source.sample))):
-            cells = []
-            for column in self.columns:
-                value = source.sample[str(column.place)].slice(row, 1)
-                if column.kind == "time":
-                    stamp = times.to_nanoseconds(value, self.time_formats[column.name])[0]
-                    if stamp is not None:
-                        shown_time = datetime.fromtimestamp(stamp / 10**9, UTC)
-                        cells.append(f"{column.name} {shown_time.isoformat(sep=' ', timespec='milliseconds')}")
-                        continue
-                    value = value.to_physical()  # a time that Python may not be able to show
-                cells.append(f"{column.name} {str(value[0])[:40]!r}")
-            logging.info("event %d: %s", row + 1, ", ".join(cells))
+        cells = []
+        for column in self.columns:
+            first = source.sample[str(column.place)].head(SHOWN_EVENTS)
+            if column.kind == "time":  # as a number where it is none of the format: Python may not be able to show it
+                found = times.to_nanoseconds(first, self.time_formats[column.name]).cast(pl.Datetime("ns", "UTC"))
+                first = found.dt.strftime("%F %T%.3f%:z").fill_null(first.to_physical().cast(pl.String))
+            cells.append([f"{column.name} {str(value)[:40]!r}" for value in first])
+        for number, event in enumerate(zip(*cells), 1):
+            logging.info("event %d: %s", number, ", ".join(event))
 
     def batches(self) -> Iterator[pa.Table]:
         """The events in (file, row) order, a bounded number at a time.

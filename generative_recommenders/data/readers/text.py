@@ -100,7 +100,8 @@ def read_blocks(
             if line == 1:
                 data = data.removeprefix(_BOM)
             end = len(data) if not chunk else data.rfind(b"\n") + 1
-            if delimiter and not _ends_with_row(data[:end], delimiter):
+            # An open quote at the end of the lines: the rows end before it.
+            if delimiter and (data.count(b'"', 0, end) % 2 or not _is_well_quoted(data[:end], delimiter)):
                 ends = _row_ends(data[:end], delimiter)
                 whole = int(ends[-1]) + 1 if len(ends) else 0
                 if not chunk and b"\n" in data[whole:]:
@@ -122,11 +123,6 @@ def read_blocks(
                 line += part.count(b"\n")
             if not chunk:
                 return
-
-
-def _ends_with_row(data: bytes, delimiter: str) -> bool:
-    """Whether whole lines that begin with a row end with one, too: no quote is open at their end."""
-    return data.count(b'"') % 2 == 0 and _is_well_quoted(data, delimiter)
 
 
 def _is_well_quoted(data: bytes, delimiter: str) -> bool:
