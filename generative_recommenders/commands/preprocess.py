@@ -157,6 +157,17 @@ def _export(folder: Path) -> None:
 def _check_flags() -> None:
     """UserError for a flag that is given but has no effect, by itself or beside the others."""
     given = flags.FLAGS
+    spark = given.engine == "spark"
+    for wrong, line in (
+        # Of a shell's variable that is not set; as a path it would be the current folder.
+        (given.raw_path == "", "--raw_path is empty; name a file, folder or archive"),
+        (given.audit and given.prepared is None, "--audit needs --prepared=NAME, a prepared data set or its folder"),
+        (given["output"].present and not given.audit, "--output needs --audit"),
+        (spark and given["memory_limit"].present, "--memory_limit has no meaning with --engine=spark"),
+        (not spark and given["spark_master"].present, "--spark_master needs --engine=spark"),
+    ):
+        if wrong:
+            raise UserError(line)
     taken = {} if given.raw_path is None else {Path(given.raw_path).resolve(): "raw_path"}
     for name in ("export_text", "export_parquet"):
         if (path := given[name].value) is not None:
@@ -169,17 +180,9 @@ def _check_flags() -> None:
             raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
         if given.export_text is None and given.export_parquet is None and not given.audit:
             raise UserError("--prepared needs --export_text=FILE, --export_parquet=FILE or --audit")
-    elif given.audit:
-        raise UserError("--audit needs --prepared=NAME, a prepared data set or its folder")
-    if given["output"].present and not given.audit:
-        raise UserError("--output needs --audit")
     for name, datasets in _OPTIONS_OF_SOME.items():
         if given[name].present and given.dataset not in datasets:
             raise UserError(f"--{name} is for --dataset={' or '.join(datasets)}, and this is {given.dataset}")
-    if given.engine == "spark" and given["memory_limit"].present:
-        raise UserError("--memory_limit has no meaning with --engine=spark")
-    if given.engine != "spark" and given["spark_master"].present:
-        raise UserError("--spark_master needs --engine=spark")
 
 
 def _prepare() -> tuple[Manifest, Path]:

@@ -31,7 +31,7 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
 def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
     """Rows like those of `align` for the items of ``raw`` that are not among ``ids``, in the order of their original
     ids."""
-    named = pc.unique(large_strings(raw["item"]))
+    named = pc.unique(large_strings(raw["item"].drop_null()))
     others = named.filter(pc.invert(pc.is_in(named, value_set=ids)))
     return align("item", others.take(pc.sort_indices(others)), raw)[0]
 

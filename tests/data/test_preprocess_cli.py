@@ -92,6 +92,7 @@ def test_a_flag_that_cannot_be_read_reports_one_line_error(flag: str) -> None:
     [
         (["--dataset=exchange-text"], "needs --raw_path"),
         (["--memory_limit=lots"], "is not a size"),
+        (["--dataset=csv", "--raw_path="], "--raw_path is empty; name a file, folder or archive"),
         (["--prepared=x"], "needs --export_text=FILE, --export_parquet=FILE or --audit"),
         (["--audit"], "--audit needs --prepared=NAME"),
         (["--prepared=x", "--export_text=y", "--output=z"], "--output needs --audit"),

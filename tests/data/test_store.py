@@ -348,9 +348,9 @@ def test_a_pipe_for_a_vocabulary_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def with_unrated(tmp_path: Path) -> Path:
-    """Four items, of which two are rated; ids in UTF-8 order within each kind."""
+    """Four items, of which two are rated; ids in UTF-8 order within each kind. A feature without an item is none's."""
     columns = {"user": "aaa", "item": "yxy"}
-    features = pa.table({"item": ["z", "y", "w", "x"], "genre": ["g", "h", "g", "h"]})
+    features = pa.table({"item": ["z", "y", "w", "x", None], "genre": ["g", "h", "g", "h", "none"]})
     dataset_of(columns, tmp_path / "filtered", item_features=features, filter="k_core:1")
     dataset_of(columns, tmp_path / "fewer", item_features=features.slice(0, 2))
     return dataset_of(columns, tmp_path / "plain", item_features=features).folder

@@ -169,8 +169,8 @@ def write_synthetic_books(
     Files of other settings stay as they are until the new ones are whole.
     """
     ratings, books, note = folder / "ratings.csv", folder / "books.parquet", folder / "settings.json"
-    wanted = json.dumps({"generator": 1, **dataclasses.asdict(settings)}, sort_keys=True)
-    if all(path.exists() for path in (ratings, books, note)) and note.read_text() == wanted:
+    wanted = json.dumps({"generator": 1, **dataclasses.asdict(settings)}, sort_keys=True).encode()
+    if all(path.exists() for path in (ratings, books, note)) and note.read_bytes() == wanted:
         return ratings, books
     catalogue = make_catalogue(settings.num_items, settings.seed)
     stars = pa.array([f"{star}.0" for star in range(6)])
@@ -194,7 +194,7 @@ def write_synthetic_books(
                 writer.write_table(pa.table(columns, schema=_ROWS))
                 bar.update(stop - first)
         pyarrow.parquet.write_table(catalogue.features(), new_books)
-        new_note.write_text(wanted)
+        new_note.write_bytes(wanted)
         note.unlink(missing_ok=True)
     return ratings, books
 
