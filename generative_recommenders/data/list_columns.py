@@ -57,9 +57,8 @@ def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np
     # Counted back from each list's end, so that its last entries stand on the right; places before its begin are
     # padding.
     places = bounds[1:, None] - shape[0] + np.arange(shape[0])
-    mask = places >= bounds[:-1, None]
-    blank = np.full((1, *inner.shape[1:]), padding, inner.dtype)
-    places = np.where(mask, places, len(inner))  # the last row of what follows is padding
-    return np.concatenate([inner, blank])[places], np.concatenate([real, np.zeros_like(real, shape=blank.shape)])[
-        places
-    ]
+    places = np.where(places >= bounds[:-1, None], places, len(inner))  # padding, which is appended below
+    shape_of_row = (1, *inner.shape[1:])
+    inner = np.concatenate([inner, np.full(shape_of_row, padding, inner.dtype)])
+    real = np.concatenate([real, np.zeros(shape_of_row, bool)])
+    return inner[places], real[places]

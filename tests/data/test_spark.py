@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from generative_recommenders.data.preparation.spark import prepare_with_spark
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from ratings_files import COMMAS
+from ratings_files import COMMAS, Row, write_csv
 
 MASTER = "local[2]"
 
@@ -53,12 +52,8 @@ def table(seed: int, count: int) -> dict[str, list]:
     }
 
 
-def csv_text(columns: dict[str, list], line_end: str = "\n") -> str:
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text
-
-    rows = zip(map(quoted, columns["user"]), map(quoted, columns["item"]), columns["rating"], columns["timestamp"])
-    return "".join(",".join(map(str, row)) + line_end for row in rows)
+def rows(seed: int, count: int) -> list[Row]:
+    return list(zip(*table(seed, count).values()))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +66,9 @@ def csv_text(columns: dict[str, list], line_end: str = "\n") -> str:
 )
 def test_csv(tmp_path: Path, filter_name: str) -> None:
     pytest.importorskip("pyspark")
-    plain, zipped = tmp_path / "1.csv", tmp_path / "2.csv.gz"
-    plain.write_text("\ufeff" + "user,item,rating,timestamp\n" + csv_text(table(1, 700)), encoding="utf-8")
-    zipped.write_bytes(gzip.compress(("user,item,rating,timestamp\r\n" + csv_text(table(2, 300), "\r\n")).encode()))
+    header = tuple(table(0, 0))
+    plain = write_csv(tmp_path / "1.csv", [header, *rows(1, 700)], bom=True)
+    zipped = write_csv(tmp_path / "2.csv.gz", [header, *rows(2, 300)], "\r\n", zipped=True)
     assert_same(RawRatings("t", [plain, zipped], ReadOptions(delimiter=","), filter_name), tmp_path)
 
 
@@ -177,9 +172,7 @@ def test_columns_whose_names_differ_in_case_alone(tmp_path: Path) -> None:
 )
 def test_tie_order_and_duplicates(tmp_path: Path, tie_order: str, duplicates: str) -> None:
     pytest.importorskip("pyspark")
-    files = [tmp_path / f"{number}.csv" for number in range(2)]
-    for number, path in enumerate(files):
-        path.write_text(csv_text(table(number, 600)), encoding="utf-8")
+    files = [write_csv(tmp_path / f"{number}.csv", rows(number, 600)) for number in range(2)]
     raw = RawRatings("t", files, COMMAS, "k_core:3", tie_order=tie_order, duplicates=duplicates)
     assert_same(raw, tmp_path)
 

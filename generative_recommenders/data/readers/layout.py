@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 from generative_recommenders.data.readers import times
-from generative_recommenders.data.schema import KINDS, KNOWN
+from generative_recommenders.data.schema import KINDS, KNOWN, KNOWN_KINDS
 from generative_recommenders.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ KNOWN_NAMES = {
 _SECOND = {"asin": "parent_asin", **dict.fromkeys(("sessionid", "session_id"), "user userid user_id uid")}
 """Names that give way to others, with a warning: variants of a product, which Amazon's published benchmarks of 2023
 take for one item, and sessions of users who are named."""
-_KIND_OF = {"user": "id", "item": "id", "rating": "numerical", "timestamp": "time"}
-_TIME_LIKE = re.compile(r"(^|[_ -])(time|date|ts|datetime|timestamp)($|[_ -])|time|date", re.IGNORECASE)
+_KIND_OF = {**KNOWN_KINDS, "user": "id", "item": "id"}
+_TIME_LIKE = re.compile(r"time|date|(^|[_ -])ts($|[_ -])", re.IGNORECASE)
 _YEARS = (946_684_800, 4_102_444_800)  # 2000 to 2100: numbers in between, in any unit, may be times
 
 
@@ -106,16 +106,7 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
                 f"what, as --columns='user={source.first_fields[0][:40]},item=...'"
             )
         found = [(ColumnRequest(role), places) for role in KNOWN if (places := _known_places(header, role))]
-    # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
-    elif (
-        header is None
-        or not is_named(requests, header)
-        or (
-            all(each is None or each == ColumnRequest(each.name) for each in requests)
-            and len(requests) == source.sample.width
-            and None in requests
-        )
-    ):
+    elif header is None or not is_named(requests, header) or _tell_places(requests, source.sample.width):
         _check_places(path, header, source.sample.width, requests)
         found = [(request, [place]) for place, request in enumerate(requests) if request is not None]
     else:
@@ -140,6 +131,13 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
     if requests is None:
         _refuse_unused_times(source, columns)
     return columns
+
+
+def _tell_places(requests: Requests, num_fields: int) -> bool:
+    """Whether the requests are bare names, one for every column and some to skip: they then tell places, whatever the
+    header calls the columns."""
+    bare = all(each is None or each == ColumnRequest(each.name) for each in requests)
+    return bare and len(requests) == num_fields and None in requests
 
 
 def _check_places(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> None:

@@ -210,9 +210,8 @@ def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: l
     for mark, fault in faults.items():
         if (at := data.find(mark)) >= 0:
             raise UserError(f"{path}, line {_line_at(block, at)}: {fault}")
-    if (
-        delimiter is None
-    ):  # a blank between fields and none at the ends of lines; each step only where it acts, for speed
+    if delimiter is None:
+        # One blank between fields and none at the ends of lines; each step only where it acts, for speed.
         data = data.replace(b"\t", b" ")
         if b"  " in data:
             data = re.sub(rb" +", b" ", data)
