@@ -167,7 +167,7 @@ def test_an_evaluation_stops(data_root: Path, tmp_path: Path, whole: Path, world
 
 
 def prepare_slowly(arguments: list[str], mark: str) -> None:
-    endless(prepare, "write_columns", mark)
+    endless(prepare, "write_folder", mark)
     sys.argv = ["preprocess_public_data.py", *arguments]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 

@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -189,7 +190,7 @@ def _prepare() -> tuple[Manifest, Path]:
     """The manifest and the folder of what the flags ask for."""
     given = flags.FLAGS
     memory_limit = parse_bytes(given.memory_limit)
-    settings = {setting: given[flag].value for flag, (setting, _) in _SYNTHETIC_BOOKS.items()}
+    settings: dict[str, Any] = {setting: given[flag].value for flag, (setting, _) in _SYNTHETIC_BOOKS.items()}
     raw_path, data_root = None if given.raw_path is None else Path(given.raw_path), Path(given.data_root)
     synthetic, options = SyntheticBooksSettings(**settings), read_options()
     # What is downloaded or made is one process's until it is read.
