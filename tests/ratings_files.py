@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ def error_of(path: Path, options: ReadOptions = COMMAS) -> str:
 def write_parquet(tmp_path: Path, columns: dict, name: str = "r.parquet") -> Path:
     pq.write_table(pa.table(columns), tmp_path / name, row_group_size=2)
     return tmp_path / name
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as pack:
+        for name, content in members.items():
+            pack.writestr(name, content)
+    return path
 
 
 Row = tuple[str, str, float, int]

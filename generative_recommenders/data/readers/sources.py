@@ -157,8 +157,9 @@ class JsonSource(TableSource):
                         f"{len(self.sample)} lines has; say what is read with --columns"
                     )
             for name in names:
-                half = values[name].str.contains("\0", literal=True).fill_null(False)  # polars reads one so
-                rows.refuse(half, values[name], name, "has a NUL character or half a surrogate pair")
+                # Polars reads half a surrogate pair as NUL: different texts would become one.
+                nul = values[name].str.contains("\0", literal=True).fill_null(False)
+                rows.refuse(nul, values[name], name, "has a NUL character or half a surrogate pair")
                 _refuse_nested(values[name], name, block, rows)
             yield rows, values.select(pl.col(column.header).alias(column.name) for column in columns)
 

@@ -17,7 +17,7 @@ import pytest
 from generative_recommenders.data.sources import archives
 from generative_recommenders.data.sources.archives import extract, is_archive
 from generative_recommenders.errors import UserError
-from ratings_files import write
+from ratings_files import write, write_zip
 
 UNSAFE_NAMES = ["../evil.csv", "a/../../evil.csv", "/etc/evil.csv", "C:/evil.csv", "..\\evil.csv", "a/.."]
 TAR_MODES = {"w": ".tar", "w:gz": ".tar.gz", "w:bz2": ".tar.bz2", "w:xz": ".tar.xz"}
@@ -32,13 +32,6 @@ def everything(_: str) -> bool:
 def bound(monkeypatch: pytest.MonkeyPatch, **bounds: int) -> None:
     for name, value in bounds.items():
         monkeypatch.setattr(archives, name, value)
-
-
-def write_zip(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as pack:
-        for name, content in members.items():
-            pack.writestr(name, content)
-    return path
 
 
 def write_tar(path: Path, members: dict[str, bytes], mode: str = "w:gz") -> Path:

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import os
 import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from generative_recommenders.data.sources.download import RemoteFile
 from generative_recommenders.data.sources.public import PUBLISHED, resolve
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.errors import UserError
+from ratings_files import write_zip
 
 ML_1M = {
     "ml-1m/ratings.dat": b"1::1193::5::978300760\n2::661::3::978302109\n",
@@ -48,13 +48,6 @@ def _folder(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def _zip(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as pack:
-        for name, content in members.items():
-            pack.writestr(name, content)
-    return path
-
-
 def _tar(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w:gz") as tar:
         tar.add(_folder(path.parent / f"{path.name}-content", members), arcname=".")
@@ -78,7 +71,7 @@ def test_an_unknown_name_lists_the_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("pack", [_folder, _zip, _tar])
+@pytest.mark.parametrize("pack", [_folder, write_zip, _tar])
 def test_movielens_from_folder_and_archives(tmp_path: Path, name: str, pack: Packer) -> None:
     raw = _resolve(name, tmp_path, pack(tmp_path / "input", SETS[name]))
     assert raw.name == name and raw.filter == "none"
@@ -120,7 +113,7 @@ def test_plain_http_is_for_files_with_a_sha256_alone() -> None:
 
 
 def test_features_belong_to_the_files(tmp_path: Path) -> None:
-    raw = _resolve("ml-100k", tmp_path, _zip(tmp_path / "x.zip", ML_100K))
+    raw = _resolve("ml-100k", tmp_path, write_zip(tmp_path / "x.zip", ML_100K))
     assert raw.item_features is not None and raw.user_features is not None
     assert raw.item_features.to_pylist() == [{"item": "242", "title": "Kolya", "year": 1996.0, "genres": ["Comedy"]}]
     assert raw.user_features.to_pylist()[0]["age"] == "45"
@@ -139,14 +132,17 @@ def test_ml_100k_from_compressed_files_with_headed_films(tmp_path: Path) -> None
 
 
 def test_counts_are_expected_of_the_published_archive_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = _zip(tmp_path / "anything.zip", ML_1M)
+    archive = write_zip(tmp_path / "anything.zip", ML_1M)
     digest = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     published = dataclasses.replace(PUBLISHED["ml-1m"], archive=RemoteFile("ml-1m.zip", (), digest))
     monkeypatch.setitem(public_datasets.PUBLISHED, "ml-1m", published)
     raw = _resolve("ml-1m", tmp_path, archive)
     assert (raw.expected_items, raw.expected_users) == (3_706, 6_040)
     assert _resolve("ml-1m", tmp_path, archive, k_core=2).expected_items is None
-    assert _resolve("ml-1m", tmp_path, _zip(tmp_path / "b.zip", {**ML_1M, "ml-1m/README": b"!"})).expected_items is None
+    assert (
+        _resolve("ml-1m", tmp_path, write_zip(tmp_path / "b.zip", {**ML_1M, "ml-1m/README": b"!"})).expected_items
+        is None
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -191,7 +187,7 @@ def test_no_network_says_where_the_file_belongs(tmp_path: Path, monkeypatch: pyt
 def test_a_file_put_by_hand_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "data" / "raw" / "ml-1m"
     folder.mkdir(parents=True)
-    digest = hashlib.md5(_zip(folder / "ml-1m.zip", ML_1M).read_bytes(), usedforsecurity=False).hexdigest()
+    digest = hashlib.md5(write_zip(folder / "ml-1m.zip", ML_1M).read_bytes(), usedforsecurity=False).hexdigest()
     published = dataclasses.replace(PUBLISHED["ml-1m"], archive=RemoteFile("ml-1m.zip", (), digest))
     monkeypatch.setitem(public_datasets.PUBLISHED, "ml-1m", published)
     raw = _resolve("ml-1m", tmp_path, None)
@@ -200,7 +196,9 @@ def test_a_file_put_by_hand_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_archives_of_one_data_set_do_not_replace_each_other(tmp_path: Path) -> None:
     first, second = (
-        _resolve("csv", tmp_path, _zip(tmp_path / f"{name}.zip", {"ratings.csv": f"user,item\n{name},i\n".encode()}))
+        _resolve(
+            "csv", tmp_path, write_zip(tmp_path / f"{name}.zip", {"ratings.csv": f"user,item\n{name},i\n".encode()})
+        )
         for name in ("a", "b")
     )
     assert events(first)["user"] == ["a"] and events(second)["user"] == ["b"]
@@ -232,7 +230,7 @@ def test_csv_has_a_name_and_a_filter(tmp_path: Path) -> None:
     assert events(raw) == {"user": ["a", "b"], "item": ["x", "y"], "rating": [5.0, 4.0]}
 
 
-@pytest.mark.parametrize("pack", [_folder, _zip])
+@pytest.mark.parametrize("pack", [_folder, write_zip])
 def test_csv_of_several_files(tmp_path: Path, pack: Packer) -> None:
     members = {
         "a.csv": b"user,item\na,x\n",
