@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.preparation.event_store import chunks
 from generative_recommenders.data.schema import is_missing
 from generative_recommenders.data.splits import Split, make_split, training_events
 from generative_recommenders.data.store import SequenceDataset
@@ -211,9 +212,8 @@ def popularity_curve(dataset: SequenceDataset) -> dict[str, Any]:
     """Distribution of events over items: the share of the most popular, Gini's coefficient, and counts by rank for the
     plot."""
     counts = np.zeros(dataset.num_items + 1, np.int64)
-    for first, last in dataset.user_blocks():
-        items = dataset.items[int(dataset.offsets[first]) : int(dataset.offsets[last])]
-        counts += np.bincount(items, minlength=len(counts))
+    for part in chunks(dataset.num_events):
+        counts += np.bincount(dataset.items[part], minlength=len(counts))
     counts = np.sort(counts[1:])[::-1]
     reached = np.cumsum(counts) / counts.sum()
     tops = {str(share): float(reached[max(int(share * len(counts)), 1) - 1]) for share in TOP_SHARES}

@@ -23,7 +23,7 @@ from generative_recommenders.data.manifest import (
     vocabulary_file,
 )
 from generative_recommenders.data.preparation.digests import EventDigests
-from generative_recommenders.data.preparation.event_store import CHUNK_EVENTS, user_blocks
+from generative_recommenders.data.preparation.event_store import CHUNK_EVENTS, chunks, user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
 from generative_recommenders.data.schema import KNOWN_KINDS, STORED, large_strings
 from generative_recommenders.data.sources.download import file_digest
@@ -189,8 +189,7 @@ class SequenceDataset:
             if self.extra[name].min() < 0 or self.extra[name].max() > len(texts[name]):
                 raise UserError(f"{self.folder}: ids of {name} outside 0..{len(texts[name])}; prepare the data again")
         digests = EventDigests(texts, self.manifest.kinds)
-        for first in range(0, self.num_events, VERIFY_EVENTS):
-            part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
+        for part in chunks(self.num_events, VERIFY_EVENTS):
             events = np.arange(part.start, part.stop)
             rows = np.searchsorted(self.offsets, events, side="right") - 1  # the users of these events
             columns = {name: values[part] for name, values in self.columns.items()}

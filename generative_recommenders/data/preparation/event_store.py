@@ -50,10 +50,10 @@ class Events:
         return found[1:]
 
 
-def chunks(length: int) -> Iterator[slice]:
+def chunks(length: int, most: int = CHUNK_EVENTS) -> Iterator[slice]:
     """Slices that cover ``length`` events, a bounded number each."""
-    for start in range(0, length, CHUNK_EVENTS):
-        yield slice(start, min(start + CHUNK_EVENTS, length))
+    for start in range(0, length, most):
+        yield slice(start, min(start + most, length))
 
 
 def user_blocks(offsets: np.ndarray, events: int) -> Iterator[tuple[int, int]]:

@@ -176,19 +176,21 @@ def first_lines(path: Path) -> tuple[list[str], int]:
         if not block.data.strip(b" \t\n"):  # a million blank lines at once
             continue
         for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if len(lines) == SAMPLE_LINES or not line.strip(b" \t"):
+            if len(lines) == SAMPLE_LINES:
+                break
+            if not line.strip(b" \t"):
                 continue
             if b"\r" in line:
                 raise UserError(
                     f"{path}, line {number}: a carriage return inside the line; end lines with \\n or \\r\\n"
                 )
+            first = first if lines else number
             try:
                 lines.append(line.decode())
             except UnicodeDecodeError as error:
                 if len(lines) < 2:  # a header alone is no event yet
                     raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from error
-                return lines, first
-            first = number if len(lines) == 1 else first
+                break
         if len(lines) > 1:  # a header and an event
             break
     if not lines:
