@@ -9,19 +9,15 @@ growth of the process's resident memory over the inputs, less the gradients. The
 
 from __future__ import annotations
 
-import argparse
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import records
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import records
 
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
@@ -115,16 +111,12 @@ def timed(work: Callable[[], object]) -> Seconds:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=14_000)
-    parser.add_argument("--items", type=int, default=700_000)
-    parser.add_argument("--dim", type=int, default=64)
+    parser = records.parser_of(__doc__, tokens=14_000, items=700_000, dim=64, threads=torch.get_num_threads())
     parser.add_argument(
         "--loss",
         choices=sorted(name for name in LOSSES.names() if issubclass(LOSSES[name].make, CatalogueLoss)),
         default="CE",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)

@@ -30,8 +30,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import records
+from made_data import movie_lengths, zipf_items
+from records import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
+from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.readers.events import RawRatings
+
 TORCH = "torch==2.13.0"
 PEERS = {
     "replay": (["replay-rec[torch]==0.22.0"], ("SASRec", "TwoTower", "DiffTransformer")),
@@ -44,14 +48,13 @@ FLOORS = ("evaluation_floor", "peak_rss_mb_floor")
 
 
 def made_events(users: int, items: int) -> pd.DataFrame:
-    """Histories with the lengths of ML-1M: log-normal around the median 95 from 18 on, longest 2276; Zipf items."""
+    """Histories with the lengths of ML-1M, of Zipf items."""
     generator = np.random.default_rng(0)
-    lengths = np.minimum(np.exp(generator.normal(np.log(95 - 17), 1.16, users)) + 17, 2276).astype(int)
-    weights = np.cumsum(1.0 / np.arange(1, items + 1) ** 0.8)
+    lengths = movie_lengths(users, generator)
     return pd.DataFrame(
         {
             "user": np.repeat(np.arange(1, users + 1), lengths),
-            "item": 1 + np.searchsorted(weights, generator.random(lengths.sum()) * weights[-1]),
+            "item": zipf_items(lengths.sum(), items, generator),
             "timestamp": 10**9 + np.cumsum(generator.integers(1, 3600, lengths.sum())),
         }
     )
@@ -61,11 +64,7 @@ def write_data(folder: Path, events: pd.DataFrame) -> None:
     """The events in the form that each system reads, before any clock runs."""
     folder.mkdir(parents=True, exist_ok=True)
     events.to_csv(folder / "ratings.csv", index=False)
-    prepare = [
-        sys.executable, ROOT / "preprocess_public_data.py", "--dataset=csv", "--name=ours",
-        f"--raw_path={folder / 'ratings.csv'}", f"--data_root={folder}", "--k_core=1",
-    ]  # fmt: skip
-    subprocess.run(prepare, check=True, cwd=folder)
+    prepare(RawRatings("ours", [folder / "ratings.csv"]), folder / "prepared" / "ours")
     replay, recbole = folder / "replay", folder / "recbole" / "ratings"
     replay.mkdir(), recbole.mkdir(parents=True)
     codes, names = pd.factorize(events["item"], sort=True)
@@ -133,14 +132,11 @@ def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser_of(__doc__, users=1280, items=3706, rounds=2)
     parser.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
     parser.add_argument("--folder", type=Path, help="of the data; default: beside the environments")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--encoders", nargs="*", default=["SASRec", "TwoTower", "DiffTransformer", "HSTU"])
-    parser.add_argument("--users", type=int, default=1280)
-    parser.add_argument("--items", type=int, default=3706)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="of RecBole, times 3")
     parser.add_argument("--timeout", type=float, default=900.0, help="of one run, seconds")
     parser.add_argument("--output", type=Path, help="file for the JSON")

@@ -24,14 +24,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import floors
+import numpy as np
 import records
+import torch
 import train_step
+from absl import app, flags
 
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.data.splits import make_split
@@ -40,21 +38,20 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.trainer import Trainer
 
 USERS = {"ml-1m": 600, "amzn-books": 3000}
-
-SHARED = {"profile", "prepared", "num_items", "gin_bindings"}
+"""Of made data, unless ``--users`` says how many."""
+SHARED = {"profile", "prepared", "users", "num_items", "gin_bindings"}
 """Flags of `train_step` that count here, too."""
-_USERS = flags.DEFINE_integer("users", None, "users of made data: 600, of amzn-books 3000", lower_bound=30)
 
 
 def run(prepared: Path, folder: Path) -> dict[str, object]:
-    config = train_step.ROOT / train_step.CONFIGS[flags.FLAGS.profile][""]
+    config = records.ROOT / train_step.CONFIGS[flags.FLAGS.profile][""]
     bindings = [
         f"train_fn.dataset_name = '{prepared.name}'",
         "train_fn.num_epochs = 1",
         *flags.FLAGS.gin_bindings,
     ]
     command = [
-        sys.executable, str(train_step.ROOT / "main.py"), f"--gin_config_file={config}", "--num_processes=1",
+        sys.executable, str(records.ROOT / "main.py"), f"--gin_config_file={config}", "--num_processes=1",
         "--noreport",
         f"--data_root={prepared.parents[1]}", f"--run_dir={folder / 'run'}",
         *(f"--gin_bindings={each}" for each in bindings),
@@ -105,7 +102,7 @@ def main(argv: list[str]) -> None:
         items = flags.FLAGS.num_items or train_step.NUM_ITEMS[profile]
         made = folder / "prepared"
         made.mkdir()
-        train_step.made_dataset(made, _USERS.value or USERS[profile], items, profile)
+        train_step.made_dataset(made, flags.FLAGS.users or USERS[profile], items, profile)
         records.finish(run(made / "prepared", folder))
 
 

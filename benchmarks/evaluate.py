@@ -12,16 +12,11 @@ histories.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import records
+import torch
 from catalogue_loss import PeakMemory
 
 from generative_recommenders.distributed.memory import keep_freed_memory
@@ -55,11 +50,7 @@ def floor(queries: torch.Tensor, items: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (
-        ("users", 8192), ("items", 801_350), ("dim", 64), ("seen", 10), ("floor_users", 2048), ("seed", 0)
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = records.parser_of(__doc__, users=8192, items=801_350, dim=64, seen=10, floor_users=2048, seed=0)
     args = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(args.seed)

@@ -7,11 +7,12 @@ distinct one is then timed by itself.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import timing
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -76,21 +77,13 @@ def products_of(work: Callable[[], object], repeats: int = 5) -> dict[str, float
     for (func, (args, named)), count in recorded.calls.items():
         made = [x.made() if isinstance(x, Form) else x for x in args]
         rest = {name: x.made() if isinstance(x, Form) else x for name, x in named}
-        best = float("inf")
-        for _ in range(repeats):
-            started = time.perf_counter()
-            func(*made, **rest)
-            best = min(best, time.perf_counter() - started)
-        total += count * best
+        total += count * min(timing.seconds_of(partial(func, *made, **rest), repeats, warmup=0))
     return {"seconds": round(total, 6), "gflop": round(recorded.operations / 1e9, 4)}
 
 
 def copied_gb_a_second(megabytes: int = 256, repeats: int = 5) -> float:
     """Bytes read and written a second by torch's own copy of a tensor that no cache holds."""
     source = torch.ones(megabytes << 18)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - started)
+    target = torch.empty_like(source)
+    best = min(timing.seconds_of(lambda: target.copy_(source), repeats, warmup=0))
     return round(2 * source.nbytes / best / 1e9, 2)

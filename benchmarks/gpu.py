@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import records
 import torch
 from gpu_setup import (
     BOOKS_CONFIG,
@@ -39,7 +39,6 @@ from gpu_setup import (
     timed_steps,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
@@ -96,7 +95,7 @@ def parity(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (encoder, bindings) in list(cases.items())[: 4 if bench.quick else None]:
         settings = movie_settings(encoder, bench, "train_fn.max_sequence_length = 48", *bindings)
-        found[name] = guarded(lambda s=settings: differences_from_cpu(s, dataset, bench))
+        found[name] = guarded(differences_from_cpu, settings, dataset, bench)
     bad = [name for name, value in found.items() if isinstance(value, str) or not max(value) < PARITY_TOLERANCE]
     return {"tolerance": PARITY_TOLERANCE, "failed": bad, "differences": found}
 
@@ -165,7 +164,7 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
                 torch.cuda.set_sync_debug_mode("default")
         return "no"
 
-    return {encoder: guarded(lambda e=encoder: step(e)) for encoder in bench.encoders()}
+    return {encoder: guarded(step, encoder) for encoder in bench.encoders()}
 
 
 def without_dropout(encoder: str, bench: Bench) -> RunSettings:
@@ -188,7 +187,7 @@ def captured_steps(bench: Bench) -> dict[str, Any]:
             found.append(abs(ours - theirs) / theirs)
         return float(f"{max(found):.2e}")
 
-    return {encoder: guarded(lambda e=encoder: difference(e)) for encoder in ("SASRec", "HSTU-large")}
+    return {encoder: guarded(difference, encoder) for encoder in ("SASRec", "HSTU-large")}
 
 
 def launch_by_launch(trainer: Trainer) -> None:
@@ -208,8 +207,8 @@ def training_steps(bench: Bench) -> dict[str, Any]:
         return timed_steps(trainer, encoder, replace(bench, profiles=None) if plain else bench)
 
     for encoder in bench.encoders():
-        found[encoder] = guarded(lambda e=encoder: measured(e, False))
-        found[f"{encoder}, no graphs"] = guarded(lambda e=encoder: measured(e, True))
+        found[encoder] = guarded(measured, encoder, False)
+        found[f"{encoder}, no graphs"] = guarded(measured, encoder, True)
     return found
 
 
@@ -304,8 +303,8 @@ def catalogue_losses(bench: Bench) -> dict[str, Any]:
         }
 
     for name, shape in shapes.items():
-        found[name] = guarded(lambda s=shape: measured(*s, True))
-        found[f"{name}, blocks"] = guarded(lambda s=shape: measured(*s, False))
+        found[name] = guarded(measured, *shape, True)
+        found[f"{name}, blocks"] = guarded(measured, *shape, False)
     return found
 
 
@@ -332,7 +331,7 @@ def books_steps(bench: Bench) -> dict[str, Any]:
         ("position, rowwise_adagrad", ["train_fn.optimizer = 'rowwise_adagrad'"]),
         ("position, adamw", []),
     ):
-        found[name] = guarded(lambda n=name, b=bindings: measured(n, b))
+        found[name] = guarded(measured, name, bindings)
     return found
 
 
@@ -350,10 +349,9 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser_of(__doc__, epochs=EPOCHS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of HSTU-large, at most")
     parser.add_argument("--seconds", type=float, default=360.0, help="no part begins after so many")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument("--profiles", type=Path, help="folder for tables of the slowest kernels")
@@ -377,7 +375,7 @@ def main() -> None:
     for name in flags.parts:
         started = time.perf_counter()
         bench.peak_mb()
-        results[name] = guarded(lambda n=name: PARTS[n](bench)) if bench.left() > 0 else "no time left"
+        results[name] = guarded(PARTS[name], bench) if bench.left() > 0 else "no time left"
         print(f"{name}: {time.perf_counter() - started:.1f} s\n{table({name: results[name]})}", flush=True)
         if flags.output:
             flags.output.write_text(json.dumps(results, indent=1) + "\n")

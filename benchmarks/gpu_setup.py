@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -11,21 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import records
+import torch
+from made_data import dataset_of, movie_lengths, zipf_items
 
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import prefetch
-from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.trainer import Trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 ENCODERS = {
     "SASRec": ("sasrec-sampled-softmax-n128-final", []),
     "HSTU": ("hstu-sampled-softmax-n128-final", []),
@@ -87,8 +83,8 @@ class Bench:
         torch.cuda.reset_peak_memory_stats()
         return round(peak, 1)
 
-    def encoders(self) -> dict[str, tuple[str, list[str]]]:
-        return {name: ENCODERS[name] for name in (QUICK if self.quick else ENCODERS)}
+    def encoders(self) -> tuple[str, ...]:
+        return QUICK if self.quick else tuple(ENCODERS)
 
     def left(self) -> float:
         """Seconds."""
@@ -96,42 +92,28 @@ class Bench:
 
 
 def made_dataset(lengths: np.ndarray, num_items: int) -> SequenceDataset:
-    """Zipf items, seconds between events, ratings from 1 to 5. lengths: ``[U]``."""
+    """Histories of these lengths ``[U]``, of Zipf items."""
     generator = np.random.default_rng(0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    weights = np.cumsum(1.0 / np.arange(1, num_items + 1) ** 0.8)
-    items = 1 + np.searchsorted(weights, generator.random(offsets[-1]) * weights[-1])
-    counts = {"users": len(lengths), "items": num_items, "events": int(offsets[-1])}
-    statistics = {"min": float(lengths.min()), "mean": float(lengths.mean()), "max": float(lengths.max())}
-    manifest = Manifest("made", counts, counts, statistics, True, True, data_hash="0" * 32, filter="")
-    return SequenceDataset(
-        Path("made"),
-        manifest,
-        items.astype(np.int32),
-        generator.integers(1, 6, offsets[-1]).astype(np.float32),
-        10**9 + np.cumsum(generator.integers(1, 3600, offsets[-1])),
-        offsets.astype(np.int64),
-    )
+    return dataset_of(lengths, zipf_items(lengths.sum(), num_items, generator), num_items, generator)
 
 
 def movies(bench: Bench) -> SequenceDataset:
-    """ML-1M's users and items, and its shape of lengths: log-normal around the median 95 from 18 on, longest 2276, mean
-    165."""
-    users, items = (200, 300) if bench.quick else (6040, 3706)
-    drawn = np.exp(np.random.default_rng(0).normal(np.log(95 - 17), 1.16, users)) + 17
-    return made_dataset(np.minimum(drawn, 60 if bench.quick else 2276).astype(np.int64), items)
+    """ML-1M's users, items and lengths."""
+    users, items = (48, 300) if bench.quick else (6040, 3706)
+    lengths = movie_lengths(users, np.random.default_rng(0))
+    return made_dataset(lengths.clip(max=60) if bench.quick else lengths, items)
 
 
 def books(bench: Bench) -> SequenceDataset:
     """Amazon Books' items and lengths: 5 to 50 events, mean about 8, of which two are held out."""
-    users, items = (300, 2000) if bench.quick else (20_000, BOOKS_ITEMS)
+    users, items = (48, 2000) if bench.quick else (20_000, BOOKS_ITEMS)
     drawn = 5 + np.random.default_rng(0).exponential(4.0, users)
     return made_dataset(np.minimum(drawn, 52).astype(np.int64), items)
 
 
 def settings_of(config: str, bindings: list[str], bench: Bench) -> RunSettings:
     quick = ["train_fn.local_batch_size = 16", "train_fn.max_sequence_length = 20"] if bench.quick else []
-    settings, _ = gin_registry.load_settings([ROOT / config], [*bindings, *quick])
+    settings, _ = gin_registry.load_settings([records.ROOT / config], [*bindings, *quick])
     return settings
 
 
@@ -193,20 +175,15 @@ def profiled(trainer: Trainer, batches: Any, path: Path, bench: Bench, steps: in
     }
 
 
-def described(error: Exception) -> str:
-    """One line: the error, and the innermost place of the program that it came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "generative_recommenders" in f.filename]
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
-
-
-def guarded(work: Callable[[], Any]) -> Any:
-    """What the work gives, or its error in one line."""
+def guarded(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What the work gives; or its error in one line, with the innermost place of the program that it came through."""
     try:
-        return work()
+        return work(*arguments)
     except Exception as error:
         traceback.print_exc()
-        return described(error)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "generative_recommenders" in f.filename]
+        place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
 def machine(bench: Bench) -> dict[str, Any]:

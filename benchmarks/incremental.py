@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import records
+import timing
+import torch
 
 from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.encoders.sasrec import SASRec
@@ -44,18 +40,6 @@ def build(encoder: str) -> SequenceRecommender:
     return SequenceRecommender(LocalEmbeddingModule(ITEMS, DIM), sequence, DotProductSimilarity()).eval()
 
 
-def milliseconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median after one call that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(times[1:]), 3)
-
-
 @torch.no_grad()
 def measure(encoder: str, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(args.seed)
@@ -69,29 +53,31 @@ def measure(encoder: str, args: argparse.Namespace) -> dict[str, float]:
     last = {"timestamps": times[:, -1:], "next_timestamps": following}
     before = {"timestamps": times[:, :-1], "next_timestamps": times[:, -1]}
     _, cache = model.encode_incremental(None, old, ids[:, :-1], before)
-    scratch = lambda: model.encode_query(SequentialFeatures(old + 1, ids, whole)).states  # noqa: E731
-    append = lambda: model.encode_incremental(cache, one, ids[:, -1:], last)  # noqa: E731
-    slow, quick = milliseconds(scratch, args.repeats, device), milliseconds(append, args.repeats, device)
-    difference = float((scratch() - append()[0]).abs().max())
-    return {"scratch_ms": slow, "append_ms": quick, "ratio": round(slow / quick, 1), "difference": difference}
+
+    def scratch() -> torch.Tensor:
+        return model.encode_query(SequentialFeatures(old + 1, ids, whole)).states
+
+    def append() -> torch.Tensor:
+        return model.encode_incremental(cache, one, ids[:, -1:], last)[0]
+
+    slow, quick = (1000 * statistics.median(timing.seconds_of(each, args.repeats)) for each in (scratch, append))
+    return {
+        "scratch_ms": round(slow, 3),
+        "append_ms": round(quick, 3),
+        "ratio": round(slow / quick, 1),
+        "difference": float((scratch() - append()).abs().max()),
+    }
 
 
 def main() -> None:
-    args = _arguments()
+    parser = records.parser_of(__doc__, rows=128, length=200, repeats=5, seed=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
     results = {}
     for encoder in ENCODERS:
         results[encoder] = measure(encoder, args)
         print(encoder, results[encoder], flush=True)
-    setup = vars(args) | {"threads": torch.get_num_threads()}
-    records.finish({"setup": setup, "results": results})
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("rows", 128), ("length", 200), ("repeats", 5), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    records.finish({"setup": {**vars(args), "threads": torch.get_num_threads()}, "results": results})
 
 
 if __name__ == "__main__":

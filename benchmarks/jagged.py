@@ -9,26 +9,30 @@ and their positions. Both ways are timed by turns; a number is a median.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import records
+import timing
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import records
-
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
+from generative_recommenders.ops.jagged import (
+    jagged_to_padded,
+    jagged_to_padded_reference,
+    padded_to_jagged,
+    padded_to_jagged_reference,
+    row_positions,
+    row_positions_reference,
+)
 
+Function = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 SHAPES = ((128, 50, 50), (128, 200, 64), (128, 200, 256))
 
 
-def conversions(rows: int, columns: int, width: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """What is timed, by name, for sequences of 1 to N tokens."""
+def measure(rows: int, columns: int, width: int, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+    """Both ways of each conversion, for sequences of 1 to N tokens."""
     lengths = torch.randint(1, columns + 1, (rows,))
     tokens = int(lengths.sum())
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(device)
@@ -38,46 +42,29 @@ def conversions(rows: int, columns: int, width: int, device: torch.device) -> di
     dense.requires_grad_()
     cells = torch.arange(rows * columns, device=device).view(rows, columns)
 
-    def to_padded() -> object:
-        return torch.autograd.grad(jagged_to_padded(values, offsets, columns), values, d_dense)
+    def calls(to_padded: Function, to_jagged: Function, positions: Function) -> dict[str, Callable[[], object]]:
+        return {
+            "jagged_to_padded": lambda: torch.autograd.grad(to_padded(values, offsets, columns), values, d_dense),
+            "padded_to_jagged": lambda: torch.autograd.grad(to_jagged(dense, offsets, tokens), dense, d_values),
+            "cells_of_tokens": lambda: to_jagged(cells, offsets, tokens),
+            "row_positions": lambda: positions(offsets, tokens),
+        }
 
-    def to_jagged() -> object:
-        return torch.autograd.grad(padded_to_jagged(dense, offsets, tokens), dense, d_values)
-
-    return {
-        "jagged_to_padded": to_padded,
-        "padded_to_jagged": to_jagged,
-        "cells_of_tokens": lambda: padded_to_jagged(cells, offsets, tokens),
-        "row_positions": lambda: row_positions(offsets, tokens),
-    }
-
-
-def microseconds(call: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - start)
+    by_fbgemm = calls(jagged_to_padded, padded_to_jagged, row_positions)
+    plain = calls(jagged_to_padded_reference, padded_to_jagged_reference, row_positions_reference)
+    return {name: compare(by_fbgemm[name], plain[name], repeats) for name in plain}
 
 
-def compare(call: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    times: dict[str, list[float]] = {"fbgemm": [], "torch": []}
-    for _ in range(repeats + 3):
-        times["fbgemm"].append(microseconds(call, device))
-        with dispatch.references():
-            times["torch"].append(microseconds(call, device))
-    medians = {name: statistics.median(each[3:]) for name, each in times.items()}
-    return {name: round(value, 1) for name, value in medians.items()} | {
-        "torch_over_fbgemm": round(medians["torch"] / medians["fbgemm"], 2)
-    }
+def compare(by_fbgemm: Callable[[], object], plain: Callable[[], object], repeats: int) -> dict[str, float]:
+    times = timing.by_turns({"fbgemm": by_fbgemm, "torch": plain}, repeats, warmup=3)
+    medians = {name: 1e6 * statistics.median(each) for name, each in times.items()}
+    rounded = {name: round(value, 1) for name, value in medians.items()}
+    return rounded | {"torch_over_fbgemm": round(medians["torch"] / medians["fbgemm"], 2)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = records.parser_of(__doc__, repeats=200, seed=0, threads=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -85,13 +72,8 @@ def main() -> None:
     device = torch.device(args.device)
     if not dispatch.fbgemm_runs_on(device.type):
         raise SystemExit(f"fbgemm does not run on {device.type} here: there is nothing to compare")
-    results = {}
-    for shape in SHAPES:
-        name = "x".join(map(str, shape))
-        calls = conversions(*shape, device)
-        results[name] = {each: compare(call, args.repeats, device) for each, call in calls.items()}
-    setup = {name: value for name, value in vars(args).items() if name != "output"}
-    records.finish({"setup": setup, "results": results}, args.output)
+    results = {"x".join(map(str, shape)): measure(*shape, device, args.repeats) for shape in SHAPES}
+    records.finish({"setup": vars(args), "results": results}, args.output)
 
 
 if __name__ == "__main__":

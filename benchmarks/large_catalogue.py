@@ -11,7 +11,6 @@ the processes have held together up to the end of each stage, in MiB; the table 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import resource
 import statistics
@@ -23,17 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import records
+import torch
+from made_data import dataset_of
 
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.launch import launch
@@ -44,30 +39,18 @@ from generative_recommenders.training.trainer import Trainer
 MEAN_LENGTH, LONGEST, WARM_UP = 7, 50, 2
 
 
-def made_dataset(folder: Path, users: int) -> SequenceDataset:
-    """Histories whose items are exchanged later (`with_items`)."""
+def made_dataset(users: int, num_items: int) -> SequenceDataset:
+    """Histories of items drawn from the whole catalogue, most of which nobody has."""
     generator = np.random.default_rng(0)
     lengths = np.minimum(5 + generator.geometric(1 / (MEAN_LENGTH - 4), users), LONGEST)
-    names = np.repeat(np.arange(users), lengths)
-    columns = {
-        "user": pa.array(names).cast(pa.large_string()),
-        "item": pa.array(["i"] * len(names), pa.large_string()),
-    }
-    columns["timestamp"] = pa.array(np.arange(len(names)))
-    prepare_batches(RawRatings("made", [folder / "made.csv"]), [pa.table(columns)], folder / "prepared", 1 << 30)
-    return SequenceDataset.open(folder / "prepared")
-
-
-def with_items(dataset: SequenceDataset, num_items: int) -> SequenceDataset:
-    """The same histories of items drawn from a catalogue of so many, most of which nobody has."""
-    items = np.random.default_rng(1).integers(1, num_items + 1, dataset.num_events, dtype=np.int32)
-    return dataclasses.replace(dataset, items=items, unrated=num_items - dataset.manifest.counts["items"])
+    items = generator.integers(1, num_items + 1, lengths.sum(), dtype=np.int32)
+    return dataset_of(lengths, items, num_items, generator)
 
 
 def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) -> int:
     keep_freed_memory()
     collectives = process_collectives(process_device())
-    dataset = with_items(SequenceDataset.open(Path(folder) / "prepared"), args.items)
+    dataset = made_dataset(args.users, args.items)
     settings = RunSettings().bind({
         "train_fn.max_sequence_length": LONGEST, "train_fn.item_embedding_dim": args.dim,
         "train_fn.optimizer": args.optimizer, "train_fn.local_batch_size": args.batch_size // world_size,
@@ -130,12 +113,9 @@ def peak(total: Callable[[float], float]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (
-        ("items", 2_000_000), ("dim", 64), ("processes", 1), ("batch_size", 128), ("steps", 20), ("users", 20_000),
-        ("eval_users", 1024),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = records.parser_of(
+        __doc__, items=2_000_000, dim=64, processes=1, batch_size=128, steps=20, users=20_000, eval_users=1024
+    )
     parser.add_argument("--optimizer", default="rowwise_adagrad")
     parser.add_argument(
         "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="also save and resume"
@@ -143,7 +123,6 @@ def main() -> int:
     parser.add_argument("--folder", default=None, help="where checkpoints are written; a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        made_dataset(Path(folder), args.users)
         code = launch(worker, (args, folder), args.processes, 0, device_type="cpu")
         if code == 0:
             records.finish(json.loads((Path(folder) / "result.json").read_text()))

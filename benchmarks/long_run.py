@@ -9,25 +9,19 @@ through the rest gains from its beginning to its end.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
+import records
 import torch
 from absl import app, flags, logging
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import records
+from made_data import dataset_of
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.run.directory import RunFolder
@@ -47,22 +41,11 @@ _SAMPLES = flags.DEFINE_integer("samples", 100, "how often memory is looked at",
 _RESULT = flags.DEFINE_string("result", None, "where the JSON line is written too")
 
 
-def random_dataset(folder: Path) -> SequenceDataset:
-    generator = np.random.default_rng(0)
-    users = np.repeat(np.arange(USERS), EVENTS_EACH)
-    columns = {
-        "user": pa.array([f"u{user}" for user in users], pa.large_string()),
-        "item": pa.array([f"i{item}" for item in generator.integers(0, ITEMS, users.size)], pa.large_string()),
-        "timestamp": pa.array(np.arange(users.size), pa.int64()),
-    }
-    source = RawRatings("random", [folder / "random.csv"])
-    prepare_batches(source, [pa.table(columns)], folder / "random", 1 << 30)
-    return SequenceDataset.open(folder / "random")
-
-
 def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[int], list[float]]:
     """Steps, and resident megabytes after them."""
-    dataset = random_dataset(folder)
+    generator = np.random.default_rng(0)
+    lengths = np.full(USERS, EVENTS_EACH)
+    dataset = dataset_of(lengths, generator.integers(1, ITEMS + 1, lengths.sum()), ITEMS, generator)
     at: list[int] = []
     resident: list[float] = []
     with RunFolder.create_or_open(folder / "run") as run:

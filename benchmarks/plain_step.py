@@ -7,14 +7,11 @@ train, on the CPU.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import records  # noqa: F401  (the package's place)
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.objectives.examples import TrainingExample
 

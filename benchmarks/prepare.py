@@ -13,7 +13,6 @@ from __future__ import annotations
 import multiprocessing
 import re
 import resource
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,11 +21,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import records
+from absl import app, flags
 
 from generative_recommenders.data.preparation.digests import mix
 

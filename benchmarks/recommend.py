@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import pyarrow as pa
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import floors
+import pyarrow as pa
 import records
+import timing
+import torch
 
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.schema import RunSettings
@@ -80,16 +76,10 @@ def whole_answer(items: torch.Tensor, history: torch.Tensor, k: int) -> Callable
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Of each call, by turns; one round before does not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                times[name].append(1000 * (time.perf_counter() - start))
+    """Median and least of each call."""
+    times = timing.by_turns(calls, repeats)
     return {
-        name: {"median": round(statistics.median(each), 3), "least": round(min(each), 3)}
+        name: {"median": round(1000 * statistics.median(each), 3), "least": round(1000 * min(each), 3)}
         for name, each in times.items()
     }
 
@@ -116,13 +106,10 @@ def measure(users: int, num_items: int, args: argparse.Namespace, repeats: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    sizes = {
-        "users": 1000, "items": 700_000, "one_user_items": 1_000_000, "dim": 64, "k": 10, "seen": 50,
-        "repeats": 3, "one_user_repeats": 31, "seed": 0,
-    }  # fmt: skip
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = records.parser_of(
+        __doc__, users=1000, items=700_000, one_user_items=1_000_000, dim=64, k=10, seen=50,
+        repeats=3, one_user_repeats=31, seed=0,
+    )  # fmt: skip
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     results = {

@@ -1,7 +1,9 @@
-"""Records of benchmarks: a JSON object that says when, at which commit and on what it was measured."""
+"""What benchmarks share: the place of the package, arguments, and records that say when, at which commit and on what
+they were measured. Torch is not imported here, since some benchmarks measure what its import takes."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,8 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout's package, installed or not
+
 _LOAD = os.getloadavg()[0]
-"""Before the work: of a busy machine the times are those of others, too."""
+"""Before the work: on a busy machine the times are those of others, too."""
+
+
+def parser_of(description: str | None, **integers: int) -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring as it is; integers: options by name, with their defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in integers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
 
 
 def stamp() -> dict[str, Any]:
@@ -43,5 +56,5 @@ def finish(result: Mapping[str, Any], output: Path | None = None) -> None:
     record = {**stamp(), **result}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+        output.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    print(json.dumps(record, default=str))

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import records
+import timing
+import torch
 
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.schema import RunSettings
@@ -68,20 +66,9 @@ def engines(rec: Recommender, folder: Path) -> dict[str, Encode]:
     return found
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 3):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times[3:]), 3)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = records.parser_of(__doc__, items=3416, length=50, repeats=50, seed=0)
     parser.add_argument("--encoder", default="SASRec")
-    for name, default in (("items", 3416), ("length", 50), ("repeats", 50), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rec, results = recommender(args), {}
@@ -91,7 +78,8 @@ def main() -> None:
             for batch in (1, 32):
                 inputs = query_inputs(rec, batch, args.length)
                 inputs["item_ids"] = torch.randint(1, args.items + 1, (batch, args.length))
-                results[name][f"batch_{batch}_ms"] = milliseconds(lambda: encode(inputs), args.repeats)  # noqa: B023
+                times = timing.seconds_of(partial(encode, inputs), args.repeats, warmup=3)
+                results[name][f"batch_{batch}_ms"] = round(1000 * statistics.median(times), 3)
             print(name, results[name], flush=True)
     setup = vars(args) | {"threads": torch.get_num_threads()}
     records.finish({"setup": setup, "results": results})

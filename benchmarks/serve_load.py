@@ -9,7 +9,6 @@ keeps one connection, and asks again as soon as it is answered. Latencies are in
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -29,8 +28,6 @@ from serve import recommender  # of this folder
 
 from generative_recommenders.retrieval.recommender import Recommender
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @contextlib.contextmanager
 def served(run: Path) -> Iterator[tuple[int, int]]:
@@ -39,7 +36,7 @@ def served(run: Path) -> Iterator[tuple[int, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "generative_recommenders.serve", str(run), f"--port={port}"]
-    server = subprocess.Popen(command, cwd=ROOT)
+    server = subprocess.Popen(command, cwd=records.ROOT)
     try:
         while True:
             with contextlib.suppress(OSError):
@@ -79,12 +76,10 @@ def measure(port: int, bodies: list[str], clients: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = records.parser_of(__doc__, items=3416, length=20, requests=2000, seed=0)
     parser.add_argument("--run", type=Path, help="the folder of a run whose model reads items alone")
     parser.add_argument("--encoder", default="SASRec")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    for name, default in (("items", 3416), ("length", 20), ("requests", 2000), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     rng, results = random.Random(args.seed), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -101,8 +96,7 @@ def main() -> None:
                 results[f"clients_{clients}"] = measure(port, bodies, clients)
                 print(clients, results[f"clients_{clients}"], flush=True)
             grown = round((records.resident_bytes(process) - before) / 2**20, 1)
-    setup = {name: str(value) if name == "run" else value for name, value in vars(args).items()}
-    records.finish({"setup": setup, "results": results, "server_grew_mb": grown})
+    records.finish({"setup": vars(args), "results": results, "server_grew_mb": grown})
 
 
 if __name__ == "__main__":

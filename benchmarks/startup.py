@@ -9,7 +9,6 @@ prepared first; a plug-in ends the run after its first step. On a machine that d
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import records
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
+MAIN = records.ROOT / "main.py"
 PLUGIN = """
 import os
 from generative_recommenders.training.step import TrainingStep
@@ -44,8 +43,7 @@ def timed(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = records.parser_of(__doc__, rounds=5)
     parser.add_argument("--users", type=int, default=6050, help="of the embedded data, before the filter")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

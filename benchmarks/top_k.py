@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
+import records
+import timing
 import torch
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import records
 
 from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
@@ -73,11 +70,8 @@ def measure(
     built = time.perf_counter() - start
     torch.manual_seed(args.seed + 1)
     queries, _ = clustered(args.queries, items.shape[1], args.clusters)
-    times = []
-    for _ in range(args.repeats):
-        start = time.perf_counter()
-        _, ids = index(queries, args.k)
-        times.append(time.perf_counter() - start)
+    times = timing.seconds_of(lambda: index(queries, args.k), args.repeats, warmup=0)
+    _, ids = index(queries, args.k)
     return {"build_seconds": round(built, 4), "search_seconds": round(statistics.median(times), 4)}, ids
 
 
@@ -87,7 +81,11 @@ def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def main() -> None:
-    args = _arguments()
+    parser = records.parser_of(
+        __doc__, items=20_000, queries=128, k=100, dim=64, clusters=50, query_groups=8, item_groups=4,
+        component_dim=64, fit_steps=200, repeats=1, seed=0,
+    )  # fmt: skip
+    args = parser.parse_args()
     torch.manual_seed(args.seed)
     options = {
         "query_dot_product_groups": args.query_groups,
@@ -105,25 +103,6 @@ def main() -> None:
         print(method, results[method], flush=True)
     setup = vars(args) | {"threads": torch.get_num_threads()}
     records.finish({"setup": setup, "results": results})
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (
-        ("items", 20_000),
-        ("queries", 128),
-        ("k", 100),
-        ("dim", 64),
-        ("clusters", 50),
-        ("query_groups", 8),
-        ("item_groups", 4),
-        ("component_dim", 64),
-        ("fit_steps", 200),
-        ("repeats", 1),
-        ("seed", 0),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

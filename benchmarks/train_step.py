@@ -24,16 +24,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import floors
 import numpy as np
+import plain_step
 import pyarrow as pa
 import pyarrow.csv
+import records
+import timing
 import torch
 from absl import app, flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import floors
-import plain_step
-import records
+from made_data import movie_lengths, zipf_items
 
 from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
 from generative_recommenders.config import gin as gin_registry
@@ -67,12 +67,12 @@ CONFIGS = {
 }
 """The configuration of each profile, and of encoders that have their own."""
 NUM_ITEMS = {"ml-1m": 3706, "amzn-books": 801_350}
-ROOT = Path(__file__).resolve().parents[1]
 
 _ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted({*ENCODERS.names(), *SIZES}), "which encoder")
 _PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configuration and lengths")
 _SHARING = flags.DEFINE_enum("negatives_sharing", "position", list(SHARINGS), "who shares negatives")
 _LOSS = flags.DEFINE_string("loss", None, "a loss by name instead of the configuration's")
+_USERS = flags.DEFINE_integer("users", None, "users of made data, instead of the profile's number", lower_bound=30)
 _ITEMS = flags.DEFINE_integer("num_items", None, "items of the catalogue; the profile's own otherwise")
 _BATCH = flags.DEFINE_integer("batch_size", 128, "users of a step", lower_bound=1)
 _BLOCK = flags.DEFINE_integer("negatives_block_size", 256, "positions of a block", lower_bound=1)
@@ -88,19 +88,14 @@ _CONFIG = flags.DEFINE_string("gin_config_file", None, "a configuration as it is
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
-def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m") -> SequenceDataset:
+def made_dataset(folder: Path, num_users: int, num_items: int, profile: str) -> SequenceDataset:
     """Zipf items, seconds between events, ratings from 1 to 5; written as CSV and prepared like any other data set,
     with the items that nobody has rated after the others.
     """
     generator = np.random.default_rng(0)
-    if profile == "ml-1m":
-        # log-normal around the median 95 from 18 on
-        lengths = np.minimum(np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17, 2276).astype(int)
-    else:
-        lengths = 4 + generator.geometric(0.2, num_users)
+    lengths = movie_lengths(num_users, generator) if profile == "ml-1m" else 4 + generator.geometric(0.2, num_users)
     users = np.repeat(np.arange(num_users), lengths)
-    popularity = 1.0 / np.arange(1, num_items + 1) ** 0.8
-    items = generator.choice(num_items, users.size, p=popularity / popularity.sum())
+    items = zipf_items(users.size, num_items, generator)
     times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
     ratings = generator.integers(1, 6, users.size)
     table = pa.table({"user": users, "item": items, "rating": ratings, "timestamp": times})
@@ -144,7 +139,7 @@ def load_settings() -> RunSettings:
         *_BINDINGS.value,
     ]
     config = CONFIGS[profile].get(_ENCODER.value, CONFIGS[profile][""])
-    return gin_registry.load_settings([ROOT / config], bindings)[0]
+    return gin_registry.load_settings([records.ROOT / config], bindings)[0]
 
 
 def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[float, float, int]]:
@@ -180,11 +175,8 @@ def timed_plain_steps(trainer: Trainer, steps: int) -> list[float]:
 
 def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> float:
     """Billions of operations a second of a square float32 product, the median of some."""
-    x, seconds = torch.randn(size, size, device=device), []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        float((x @ x)[0, 0])  # waits for an accelerator
-        seconds.append(time.perf_counter() - started)
+    x = torch.randn(size, size, device=device)
+    seconds = timing.seconds_of(lambda: x @ x, repeats, warmup=0)
     return round(2 * size**3 / statistics.median(seconds) / 1e9, 1)
 
 
@@ -246,16 +238,15 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
 
 def timed_evaluations(trainer: Trainer, repeats: int) -> dict[str, Any]:
     """The median of some evaluations; one before them is not counted."""
-    seconds = []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        users = trainer.evaluation.validation(trainer.model).targets
-        seconds.append(time.perf_counter() - started)
-    products = floors.products_of(lambda: trainer.evaluation.validation(trainer.model))
+
+    def evaluate() -> int:
+        return trainer.evaluation.validation(trainer.model).targets
+
+    users = evaluate()
     return {
         "evaluation_users": users,
-        "evaluation_seconds": round(statistics.median(seconds[1:]), 4),
-        "evaluation_products_seconds": products["seconds"],
+        "evaluation_seconds": round(statistics.median(timing.seconds_of(evaluate, repeats, warmup=0)), 4),
+        "evaluation_products_seconds": floors.products_of(evaluate)["seconds"],
     }
 
 
@@ -268,7 +259,7 @@ def main(argv: list[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         items = _ITEMS.value or NUM_ITEMS[_PROFILE.value]
-        users = 6040 if _PROFILE.value == "ml-1m" else 12_000
+        users = _USERS.value or (6040 if _PROFILE.value == "ml-1m" else 12_000)
         records.finish(run(made_dataset(Path(folder), users, items, _PROFILE.value)))
 
 
