@@ -9,42 +9,31 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 
 import records
 import timing
 import torch
+from untrained import recommender
 
-from generative_recommenders.modeling.encoders.hstu import HSTU
-from generative_recommenders.modeling.encoders.sasrec import SASRec
-from generative_recommenders.modeling.input_preprocessors import (
-    LearnablePositionalEmbeddingInputFeaturesPreprocessor,
-)
-from generative_recommenders.modeling.items import LocalEmbeddingModule
-from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
-from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.types import SequentialFeatures
 
-DIM, ITEMS, WINDOW = 50, 3416, 211
-ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
-    "SASRec": lambda: SASRec(DIM, 2, 1, 50),
-    "HSTU": lambda: HSTU(DIM, WINDOW, 2, 1, 50, 50),
-    "HSTU-large": lambda: HSTU(DIM, WINDOW, 8, 2, 25, 25),
-}
-
-
-def build(encoder: str) -> SequenceRecommender:
-    preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(WINDOW, DIM, 0.2)
-    sequence = SequenceEncoder(preprocessor, ENCODERS[encoder](), L2NormEmbeddingPostprocessor())
-    return SequenceRecommender(LocalEmbeddingModule(ITEMS, DIM), sequence, DotProductSimilarity()).eval()
+ITEMS = 3416
+ENCODERS: dict[str, dict[str, object]] = {
+    "SASRec": {"sasrec_encoder.num_blocks": 2, "sasrec_encoder.ffn_hidden_dim": 50},
+    "HSTU": {"hstu_encoder.num_blocks": 2, "hstu_encoder.dqk": 50, "hstu_encoder.dv": 50},
+    "HSTU-large": {
+        "hstu_encoder.num_blocks": 8, "hstu_encoder.num_heads": 2, "hstu_encoder.dqk": 25, "hstu_encoder.dv": 25,
+    },
+}  # fmt: skip
 
 
 @torch.no_grad()
 def measure(encoder: str, args: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    model = build(encoder).to(device)
+    shape = {"train_fn.item_embedding_dim": 50, "train_fn.max_sequence_length": args.length}
+    chosen = {"train_fn.main_module": encoder.removesuffix("-large"), **shape, **ENCODERS[encoder]}
+    model = recommender(ITEMS, chosen).model.to(device)
     ids = torch.randint(1, ITEMS + 1, (args.rows, args.length + 1), device=device)
     times = torch.randint(1, 10**5, ids.shape, device=device).cumsum(1)
     old, one = torch.full((args.rows,), args.length), torch.ones(args.rows, dtype=torch.int64)

@@ -16,18 +16,15 @@ import statistics
 from collections.abc import Callable
 
 import floors
-import pyarrow as pa
 import records
 import timing
 import torch
+from untrained import recommender
 
-from generative_recommenders.build.parts import Catalogue, build_model
-from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.ops.threads import in_threads
 from generative_recommenders.retrieval import product_search, quantized_search
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
-from generative_recommenders.retrieval.recommender import Recommender
 
 
 def bare_products(queries: torch.Tensor, items: torch.Tensor) -> None:
@@ -62,17 +59,11 @@ def faiss_search(items: torch.Tensor, queries: torch.Tensor, k: int) -> Callable
 def whole_answer(items: torch.Tensor, history: torch.Tensor, k: int) -> Callable[[], object]:
     """One user's `Recommender.recommend`, of an untrained SASRec over these items: reading, encoding, search and
     frame."""
-    settings = RunSettings()
-    settings = settings.changed(
-        data=settings.data.changed(max_sequence_length=len(history)),
-        items=settings.items.changed(item_embedding_dim=items.shape[1]),
-    )
-    counts = torch.ones(len(items), dtype=torch.int64)
-    model = build_model(settings, Catalogue(len(items), False, False, counts))
-    recommender = Recommender(settings, model, pa.array([f"i{number}" for number in range(len(items))]))
-    recommender.snapshot = recommender.snapshot._replace(embeddings=items)
-    asked = {"reader": [f"i{number}" for number in history.tolist()]}
-    return lambda: recommender.recommend(asked, k)
+    shape = {"train_fn.max_sequence_length": len(history), "train_fn.item_embedding_dim": items.shape[1]}
+    made = recommender(len(items), shape)
+    made.snapshot = made.snapshot._replace(embeddings=items)
+    asked = {"reader": [str(number) for number in history.tolist()]}
+    return lambda: made.recommend(asked, k)
 
 
 def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:

@@ -8,7 +8,6 @@ Weights are random, histories full. An engine that is not installed is left out.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -16,28 +15,15 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import pyarrow as pa
 import records
 import timing
 import torch
+from untrained import recommender
 
-from generative_recommenders.build.parts import Catalogue, build_model
-from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.retrieval.export import export_program, query_inputs, write_onnx
 from generative_recommenders.retrieval.recommender import Recommender
 
 Encode = Callable[[dict[str, torch.Tensor]], object]
-
-
-def recommender(args: argparse.Namespace) -> Recommender:
-    settings = RunSettings()
-    settings = settings.changed(
-        model=settings.model.changed(main_module=args.encoder),
-        data=settings.data.changed(max_sequence_length=args.length),
-    )
-    catalogue = Catalogue(args.items, False, False, torch.ones(args.items, dtype=torch.int64))
-    model = build_model(settings, catalogue)
-    return Recommender(settings, model, pa.array([str(i) for i in range(args.items)]))
 
 
 def engines(rec: Recommender, folder: Path) -> dict[str, Encode]:
@@ -71,7 +57,8 @@ def main() -> None:
     parser.add_argument("--encoder", default="SASRec")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    rec, results = recommender(args), {}
+    bindings = {"train_fn.main_module": args.encoder, "train_fn.max_sequence_length": args.length}
+    rec, results = recommender(args.items, bindings), {}
     with tempfile.TemporaryDirectory() as folder:
         for name, encode in engines(rec, Path(folder)).items():
             results[name] = {}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import records
-from serve import recommender  # of this folder
+from untrained import recommender
 
 from generative_recommenders.retrieval.recommender import Recommender
 
@@ -85,7 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = args.run or Path(folder)
         if args.run is None:
-            recommender(args).save(run)
+            bindings = {"train_fn.main_module": args.encoder, "train_fn.max_sequence_length": args.length}
+            recommender(args.items, bindings).save(run)
         ids = Recommender.load(run, "cpu").item_ids.to_pylist()
         histories = [rng.choices(ids, k=args.length) for _ in range(args.requests)]
         bodies = [json.dumps({"history": history, "k": 10}) for history in histories]

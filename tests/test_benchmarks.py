@@ -75,7 +75,7 @@ POSITIVE = {
     ),
 }
 NEEDED = {"serve_load": ("fastapi", "uvicorn", "prometheus_client")}
-NO_PROGRAMS = {"floors", "gpu_setup", "made_data", "plain_step", "records", "timing"}
+NO_PROGRAMS = {"floors", "gpu_setup", "made_data", "plain_step", "records", "timing", "untrained"}
 
 
 def small_copies() -> None:
