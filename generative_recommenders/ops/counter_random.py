@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-_MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 Key: TypeAlias = int | torch.Tensor
@@ -20,30 +19,21 @@ Key: TypeAlias = int | torch.Tensor
 
 def stream_key(first: Key, *parts: int) -> Any:
     """One 64-bit `Key` from integers (seed, purpose, step, ...), a Python int unless the first is a tensor."""
-    if isinstance(first, torch.Tensor):
-        key = _mix64(first + _signed(_GOLDEN))
-        for part in parts:
-            key = _mix64(key + _signed((_GOLDEN + part) & _MASK64))
-        return key
-    number = 0
-    for part in (first, *parts):
-        # `_mix64` in Python's integers, which do not wrap around by themselves
-        number = (number + _GOLDEN + (part & _MASK64)) & _MASK64
-        number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK64
-        number ^= number >> 31
-    return _signed(number)
+    key = _mix64(_wrapped(first + _GOLDEN))
+    for part in parts:
+        key = _mix64(_wrapped(key + _wrapped(part + _GOLDEN)))
+    return key
 
 
 def counter_bits(key: Key, counters: torch.Tensor, draws: int) -> torch.Tensor:
     """``[n, draws]`` int64 holding uniform 32-bit integers (0 .. 2^32 - 1) for ``counters [n]`` int64."""
-    keys = _mix64(counters * _signed(_GOLDEN) + key).to(torch.int32)
-    steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * _signed32(0x9E3779B9)
+    keys = _mix64(counters * _GOLDEN + key).to(torch.int32)
+    steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * (0x9E3779B9 - (1 << 32))
     bits = keys[:, None] + steps
     # torch has no unsigned shift: the copies of the sign that come in from the left are masked.
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
         bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
-        bits *= _signed32(factor)
+        bits *= factor
     bits ^= (bits >> 16) & 0xFFFF
     return bits.to(torch.int64).bitwise_and_(0xFFFFFFFF)
 
@@ -73,20 +63,17 @@ class CounterDraws:
         return counter_uniform(stream_key(self.key, self.calls), self.numbers, count)
 
 
-def _mix64(z: torch.Tensor) -> torch.Tensor:
-    z = (z ^ _shift64(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift64(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shift64(z, 31)
+def _mix64(z: Any) -> Any:
+    z = _wrapped((z ^ _shift64(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64)))
+    z = _wrapped((z ^ _shift64(z, 27)) * (0x94D049BB133111EB - (1 << 64)))
+    return _wrapped(z ^ _shift64(z, 31))
 
 
-def _shift64(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift; torch's is arithmetic."""
+def _shift64(z: Any, bits: int) -> Any:
+    """Logical right shift; torch's and Python's are arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _signed32(value: int) -> int:
-    return value - (1 << 32) if value >= 1 << 31 else value
+def _wrapped(z: Any) -> Any:
+    """As a signed 64-bit integer: a tensor's numbers are, Python's do not wrap around by themselves."""
+    return z if isinstance(z, torch.Tensor) else (z + (1 << 63)) % (1 << 64) - (1 << 63)

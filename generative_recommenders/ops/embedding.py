@@ -93,9 +93,7 @@ def gathering_pays(num_read: int, table: torch.Tensor, updates_rows: bool, tower
 
 def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where each of ``ids``, of any shape, stands in ``held``, which has them all, as of `sorted_unique`; int64."""
-    if dispatch.waits(held) or not dispatch.fast() or not len(held):
-        return places_of_reference(held, ids)
-    if _FEW * ids.numel() <= int(held[-1]):
+    if dispatch.waits(held) or not dispatch.fast() or not len(held) or _FEW * ids.numel() <= int(held[-1]):
         return places_of_reference(held, ids)
     # Only the places of held ids are set, and read.
     places = torch.empty(int(held[-1]) + 1, dtype=torch.int32)

@@ -105,15 +105,23 @@ def forward(
 
 @triton.jit
 def _gradients(
-    logits, seen, kept, d_out, v, out, i, length, normalisers, H: tl.constexpr,
-    weight_scale, SOFTMAX: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, d_out, row, cell, i, j, length, normalisers, position, time, buckets, seed,
+    width, reach, logit_scale, weight_scale, rate, H: tl.constexpr, SOFTMAX: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block as values are multiplied by, and gradients of its logits.
+    """Of a block of queries i and keys j: weights as values are multiplied by, gradients of the logits, and which pairs
+    count.
 
-    Of silu: s (1 + x (1 - s)); of softmax: p (dp - sum dp p), where the sum is that of d_out times out.
+    Gradients of silu: s (1 + x (1 - s)); of softmax: p (dp - sum dp p), where the sum is that of d_out times out.
     """
+    logits, seen = _logits(
+        q, k, row, i, j, length, position, time, buckets, width, reach, logit_scale,
+        HAS_POSITION, HAS_TIME, PRECISION,
+    )  # fmt: skip
+    kept = seen
     d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION) * weight_scale
     if DROPOUT:
+        kept = _kept(seed, cell, i, j, width, rate)
         d_weights = tl.where(kept, d_weights, 0.0)
     if SOFTMAX:
         normaliser = tl.load(normalisers + i * H, mask=i < length, other=0.0)
@@ -126,7 +134,7 @@ def _gradients(
         d_logits = tl.where(seen, d_weights * s * (1.0 + logits * (1.0 - s)), 0.0)
     if DROPOUT:
         weights = tl.where(kept, weights, 0.0)
-    return weights * weight_scale, d_logits
+    return weights * weight_scale, d_logits, seen
 
 
 @triton.jit
@@ -159,16 +167,10 @@ def backward_queries(
         j = begin + tl.arange(0, BLOCK)
         k_tile = _tokens(k, j, length, k_token, d, DQK)
         v_tile = _tokens(v, j, length, v_token, e, DV)
-        logits, seen = _logits(
-            q_tile, k_tile, row, i, j, length, position, time, buckets, width, reach, logit_scale,
-            HAS_POSITION, HAS_TIME, PRECISION,
-        )  # fmt: skip
-        kept = seen
-        if DROPOUT:
-            kept = _kept(seed, cell, i, j, width, rate)
-        _, gradients = _gradients(
-            logits, seen, kept, d_out_tile, v_tile, out_tile, i, length, own_normalisers, H,
-            weight_scale, SOFTMAX, DROPOUT, PRECISION,
+        _, gradients, seen = _gradients(
+            q_tile, k_tile, v_tile, out_tile, d_out_tile, row, cell, i, j, length, own_normalisers,
+            position, time, buckets, seed, width, reach, logit_scale, weight_scale, rate,
+            H, SOFTMAX, HAS_POSITION, HAS_TIME, DROPOUT, PRECISION,
         )  # fmt: skip
         if HAS_POSITION:
             own = d_logits + cell.to(tl.int64) * width * width
@@ -209,16 +211,10 @@ def backward_keys(
         out_tile = d_out_tile
         if SOFTMAX:
             out_tile = _tokens(out + (start * H + head) * DV, i, length, H * DV, e, DV)
-        logits, seen = _logits(
-            q_tile, k_tile, row, i, j, length, position, time, buckets, width, reach, logit_scale,
-            HAS_POSITION, HAS_TIME, PRECISION,
-        )  # fmt: skip
-        kept = seen
-        if DROPOUT:
-            kept = _kept(seed, cell, i, j, width, rate)
-        weights, gradients = _gradients(
-            logits, seen, kept, d_out_tile, v_tile, out_tile, i, length, own_normalisers, H,
-            weight_scale, SOFTMAX, DROPOUT, PRECISION,
+        weights, gradients, _ = _gradients(
+            q_tile, k_tile, v_tile, out_tile, d_out_tile, row, cell, i, j, length, own_normalisers,
+            position, time, buckets, seed, width, reach, logit_scale, weight_scale, rate,
+            H, SOFTMAX, HAS_POSITION, HAS_TIME, DROPOUT, PRECISION,
         )  # fmt: skip
         d_v_tile += tl.dot(tl.trans(weights.to(d_out_tile.dtype)), d_out_tile, input_precision=PRECISION)
         d_k_tile += tl.dot(tl.trans(gradients.to(q_tile.dtype)), q_tile, input_precision=PRECISION)

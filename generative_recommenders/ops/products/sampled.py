@@ -122,18 +122,15 @@ class _BlockProducts(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, drawn = ctx.saved_tensors
         d_hidden, d_drawn = torch.empty_like(hidden), torch.empty_like(drawn)
-        size, tokens = ctx.block_size, len(hidden)
-        starts = range(-ctx.lead, tokens, size)
-        spans = [slice(max(start, 0), min(start + size, tokens)) for start in starts]
-        whole = [span.stop - span.start == size for span in spans]
-        first, stop = (whole.index(True), len(whole) - whole[::-1].index(True)) if any(whole) else (0, 0)
-        if stop > first:
-            span, some = slice(spans[first].start, spans[stop - 1].stop), slice(first, stop)
+        size, lead = ctx.block_size, ctx.lead
+        whole = range(lead > 0, (lead + len(hidden)) // size)  # the first block may lack tokens, and the last one
+        if whole:
+            span, some = slice(whole.start * size - lead, whole.stop * size - lead), slice(whole.start, whole.stop)
             blocks = grad[span].unflatten(0, (-1, size))
             torch.bmm(blocks, drawn[some], out=d_hidden[span].unflatten(0, (-1, size)))
             torch.bmm(blocks.mT, hidden[span].unflatten(0, (-1, size)), out=d_drawn[some])
-        for index in [*range(first), *range(stop, len(spans))]:
-            span = spans[index]
+        for index in set(range(len(drawn))).difference(whole):
+            span = slice(max(index * size - lead, 0), (index + 1) * size - lead)
             d_hidden[span] = grad[span] @ drawn[index]
             d_drawn[index] = grad[span].mT @ hidden[span]
         return d_hidden, d_drawn, None, None
