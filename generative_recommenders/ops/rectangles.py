@@ -47,20 +47,20 @@ class Rectangles:
 
     def hide_padding(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
         """``[cells * H, d]`` in place: 0 past the end of a sequence."""
-        if heads not in self._weights:
+        if heads not in self._memo:
             weights = self.real.to(cells.dtype)
-            self._weights[heads] = self._for_heads(weights, weights.new_zeros(heads))[:, None]
-        return cells.mul_(self._weights[heads])
+            self._memo[heads] = self._for_heads(weights, weights.new_zeros(heads))[:, None]
+        return cells.mul_(self._memo[heads])
 
     def _index(self, heads: int, pitch: int) -> torch.Tensor:
         """``[cells * H]`` int32: the row that each cell holds, where token t's heads are the rows from ``t * pitch``
         on."""
         if pitch == 1:
             return self.tokens
-        if (heads, pitch) not in self._indices:
+        if (heads, pitch) not in self._memo:
             head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
-            self._indices[heads, pitch] = self._for_heads(self.tokens * pitch, head)
-        return self._indices[heads, pitch]
+            self._memo[heads, pitch] = self._for_heads(self.tokens * pitch, head)
+        return self._memo[heads, pitch]
 
     def _for_heads(self, values: torch.Tensor, by_head: torch.Tensor) -> torch.Tensor:
         """``[cells * H]``: what each cell of each head gets of ``values [cells]`` and ``by_head [H]``."""
@@ -68,13 +68,8 @@ class Rectangles:
         return torch.cat([(part.mT + by_head[:, None]).flatten() for part in parts])
 
     @functools.cached_property
-    def _indices(self) -> dict[tuple[int, int], torch.Tensor]:
-        """What `_index` found: every block of an encoder asks the same."""
-        return {}
-
-    @functools.cached_property
-    def _weights(self) -> dict[int, torch.Tensor]:
-        """What `hide_padding` made."""
+    def _memo(self) -> dict[int | tuple[int, int], torch.Tensor]:
+        """What `hide_padding` and `_index` made: every block of an encoder asks the same."""
         return {}
 
 

@@ -12,7 +12,7 @@ import torch
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import (
-    add_products,
+    SumOfProducts,
     drawn,
     join_groups,
     keep_masks,
@@ -108,17 +108,15 @@ class _GroupedDifference(torch.autograd.Function):
             d_out = queries.hide_padding(queries.gather(grad), heads)
             if kept_share < 1.0:
                 d_out.mul_(1.0 / kept_share)
-            d_qs_, d_ks_ = [torch.empty_like(x) for x in qs_], [torch.empty_like(x) for x in ks_]
-            d_v_ = torch.empty_like(v_)
+            d_qs_, d_ks_, d_v_ = [torch.empty_like(x) for x in qs_], [SumOfProducts(x) for x in ks_], SumOfProducts(v_)
             kept_of = [[next(remaining) for _ in range(5)] for _ in group_tiles]
             split = (queries.split(x, heads) for x in (*qs_, *d_qs_, d_out))
-            written = 0
-            # Last tile first, see `add_products`.
+            # Last tile first, see `SumOfProducts`.
             for tile, *parts, of_tile in reversed(list(zip(group_tiles, *split, kept_of))):
                 *qs_t, d_first_q, d_second_q, d_out_t = parts
                 *softmaxes, first, second, weights = of_tile
                 rows, keys = tile.rows * heads, tile.keys
-                add_products(top_left_view(d_v_, rows, keys), written, (weights.mT, d_out_t))
+                d_v_.add(rows, keys, (weights.mT, d_out_t))
                 d_w = torch.bmm(d_out_t, top_left_view(v_, rows, keys).mT)
                 taken_off = torch.bmm(d_w.view(rows, 1, -1), second.view(rows, -1, 1))
                 d_lambdas -= taken_off.view(-1, heads).sum(0)
@@ -131,12 +129,11 @@ class _GroupedDifference(torch.autograd.Function):
                         d_s = d_w * dropped
                         d_s.addcmul_(p, d_s.sum(-1, keepdim=True), value=-1.0)
                     torch.bmm(d_s, top_left_view(k_, rows, keys), out=d_q_t)
-                    add_products(top_left_view(d_k_, rows, keys), written, (d_s.mT, q_t))
-                written = rows
+                    d_k_.add(rows, keys, (d_s.mT, q_t))
             for half in range(2):
                 d_qs[half].append(d_qs_[half].mul_(scale))
-                d_ks[half].append(d_ks_[half].flatten(0, 1))
-            d_v.append(d_v_.flatten(0, 1))
+                d_ks[half].append(d_ks_[half].cells())
+            d_v.append(d_v_.cells())
         factors = 1.0, -lambdas[:, None]
         d_q, d_k = (
             torch.cat([join_groups(x, places, half_shape, grad) * by for x, by in zip(halves, factors)], -1)

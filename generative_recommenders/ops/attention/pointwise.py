@@ -14,9 +14,9 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.reference import pointwise_attention_reference
 from generative_recommenders.ops.attention.tiles import (
     PairBias,
+    SumOfProducts,
     TableBias,
     add_by_index,
-    add_products,
     drawn,
     hide,
     join_groups,
@@ -87,13 +87,7 @@ class _GroupedPointwise(torch.autograd.Function):
                 torch.bmm(weights, top_left_view(v_, rows, keys), out=out_t)
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
-        ctx.settings = (
-            layout,
-            indices,
-            len(tables),
-            divisor * (1.0 - dropout_rate),
-            (q.shape, k.shape, v.shape),
-        )
+        ctx.settings = layout, indices, len(tables), divisor * (1.0 - dropout_rate), (q.shape, k.shape, v.shape)
         return join_groups(out, layout.queries, v.shape, v)
 
     @staticmethod
@@ -108,27 +102,25 @@ class _GroupedPointwise(torch.autograd.Function):
             q_, k_, v_ = (next(remaining) for _ in range(3))
             queries = group.queries
             d_out = queries.hide_padding(queries.gather(grad), heads)
-            d_q_, d_k_, d_v_ = (torch.empty_like(x) for x in (q_, k_, v_))
+            d_q_, d_k_, d_v_ = torch.empty_like(q_), SumOfProducts(k_), SumOfProducts(v_)
             kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
             by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out)), kept_of)
-            written = 0
-            # Last tile first, see `add_products`.
+            # Last tile first, see `SumOfProducts`.
             for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
                 rows, keys = tile.rows * heads, tile.keys
-                add_products(top_left_view(d_v_, rows, keys), written, (weights.mT, d_out_t))
+                d_v_.add(rows, keys, (weights.mT, d_out_t))
                 d_w = torch.bmm(d_out_t, top_left_view(v_, rows, keys).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
                 torch.bmm(d_s, top_left_view(k_, rows, keys), out=d_q_t)
-                add_products(top_left_view(d_k_, rows, keys), written, (d_s.mT, q_t))
+                d_k_.add(rows, keys, (d_s.mT, q_t))
                 if d_tables:
                     # Heads share the tables; adding their few parts is faster than a sum over the axis.
                     d_cells = functools.reduce(torch.add, d_s.unflatten(0, (-1, heads)).unbind(1))
                     for total, of_cells in zip(d_tables, index):
                         add_by_index(total, of_cells, d_cells)
-                written = rows
             d_q.append(d_q_)
-            d_k.append(d_k_.flatten(0, 1))
-            d_v.append(d_v_.mul_(1.0 / divisor).flatten(0, 1))
+            d_k.append(d_k_.cells())
+            d_v.append(d_v_.cells().mul_(1.0 / divisor))
         summed = (total.sum(0) for total in d_tables)
         places = (layout.queries, layout.keys, layout.keys)
         d_inputs = (join_groups(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.attention.reference import softmax_attention_reference
 from generative_recommenders.ops.attention.tiles import (
-    add_products,
+    SumOfProducts,
     drawn,
     group_mask,
     join_groups,
@@ -111,15 +111,11 @@ class _GroupedSoftmax(torch.autograd.Function):
             d_out, dots_ = (queries.hide_padding(queries.gather(x), heads) for x in (grad, dots))
             if kept_share < 1.0:
                 d_out.mul_(1.0 / kept_share)
-            d_q_, d_k_, d_v_ = (
-                torch.empty_like(q_),
-                torch.empty_like(k_),
-                None if one else torch.empty_like(v_),
-            )
+            d_q_, d_k_ = torch.empty_like(q_), SumOfProducts(k_)
+            d_v_ = None if one else SumOfProducts(v_)
             kept_of = [(next(remaining), next(remaining)) for _ in group_tiles]
             by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out, dots_)), kept_of)
-            written = 0
-            # Last tile first, see `add_products`.
+            # Last tile first, see `SumOfProducts`.
             for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
                 rows, keys = tile.rows * heads, tile.keys
                 k_t = top_left_view(k_, rows, keys)
@@ -128,19 +124,17 @@ class _GroupedSoftmax(torch.autograd.Function):
                 torch.bmm(d_s, k_t, out=d_q_t)
                 for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    add_products(top_left_view(d_k_, rows, keys), written, for_keys, for_values)
+                    d_k_.add(rows, keys, for_keys, for_values)
                 else:
-                    add_products(top_left_view(d_k_, rows, keys), written, for_keys)
-                    add_products(top_left_view(d_v_, rows, keys), written, for_values)
-                written = rows
+                    d_k_.add(rows, keys, for_keys)
+                    d_v_.add(rows, keys, for_values)
             d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
-            d_k.append(d_k_.flatten(0, 1))
+            d_k.append(d_k_.cells())
             if d_v_ is not None:
-                d_v.append(d_v_.flatten(0, 1))
-        d_values = None if one else join_groups(d_v, layout.keys, grad.shape, grad)
-        d_inputs = (
+                d_v.append(d_v_.cells())
+        return (
             join_groups(d_q, layout.queries, shapes[0], grad),
             join_groups(d_k, layout.keys, shapes[1], grad),
-            d_values,
+            None if one else join_groups(d_v, layout.keys, grad.shape, grad),
+            *(None, None, None),
         )
-        return *d_inputs, None, None, None

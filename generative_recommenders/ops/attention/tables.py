@@ -9,10 +9,10 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.reference import table_attention_reference
 from generative_recommenders.ops.attention.tiles import (
     PairBias,
+    SumOfProducts,
     TableBias,
     Tile,
     add_by_index,
-    add_products,
     gathered,
     join_groups,
     keys_of,
@@ -81,19 +81,17 @@ class _GroupedTables(torch.autograd.Function):
             v_ = next(remaining)
             queries = group.queries
             d_outs = [queries.hide_padding(queries.gather(grad), 1) for grad in grads]
-            d_v_ = torch.empty_like(v_)
+            d_v_ = SumOfProducts(v_)
             kept_of = [([next(remaining) for _ in grads], next(index_of)) for _ in group_tiles]
             by_tile = list(zip(group_tiles, kept_of, *(queries.split(each, 1) for each in d_outs)))
-            written = 0
-            # Last tile first, see `add_products`.
+            # Last tile first, see `SumOfProducts`.
             for tile, (weights, index), *d_parts in reversed(by_tile):
                 rows, values = tile.rows, top_left_view(v_, tile.rows, tile.keys)
                 products = [(each.mT.expand(rows, -1, -1), d_out) for each, d_out in zip(weights, d_parts)]
-                add_products(top_left_view(d_v_, rows, tile.keys), written, *products)
+                d_v_.add(rows, tile.keys, *products)
                 for total, own, d_out in zip(d_tables, index, d_parts):
                     add_by_index(total, own, _masked(torch.bmm(d_out, values.mT), tile))
-                written = rows
-            d_v.append(d_v_.flatten(0, 1))
+            d_v.append(d_v_.cells())
         return join_groups(d_v, layout.keys, shape, grads[0]), None, None, *(each.sum(0) for each in d_tables)
 
 

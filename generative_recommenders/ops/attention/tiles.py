@@ -199,20 +199,29 @@ def top_left_view(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Ten
     return rectangle.as_strided((rows, columns, rectangle.shape[2]), rectangle.stride())
 
 
-def add_products(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to
-    it.
+class SumOfProducts:
+    """The gradient of a group's keys or values ``[g * H, n, d]``: a sum of products, added tile by tile.
 
     Tiles come last first: a later tile has more keys and fewer rows, all of which the one before has too. So every row
     is set whole by the last tile that it reaches, and the rectangle needs no zeros.
     """
-    in_place = written == 0 and part.is_contiguous()
-    change = torch.bmm(*factors[0], out=part if in_place else None)
-    for left, right in factors[1:]:
-        change.baddbmm_(left, right)
-    if in_place:
-        return
-    if written:
-        part[:written].add_(change[:written])
-    if written < len(part):
-        part[written:] = change[written:]
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.total, self.written = torch.empty_like(like), 0
+
+    def add(self, rows: int, columns: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Adds the sum of ``left @ right`` to the first rows and columns."""
+        part = top_left_view(self.total, rows, columns)
+        in_place = self.written == 0 and part.is_contiguous()
+        change = torch.bmm(*factors[0], out=part if in_place else None)
+        for left, right in factors[1:]:
+            change.baddbmm_(left, right)
+        if self.written:
+            part[: self.written].add_(change[: self.written])
+        if self.written < rows and not in_place:
+            part[self.written :] = change[self.written :]
+        self.written = rows
+
+    def cells(self) -> torch.Tensor:
+        """``[cells * H, d]``"""
+        return self.total.flatten(0, 1)
