@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,11 @@ class Shared(NamedTuple):
     largest: int
 
 
+def _over_processes(own: Tensor, statistic: Statistic, shared: Shared | None) -> Tensor:
+    """``[t]``: the statistic over the whole catalogue, from that over this process's part."""
+    return own if shared is None else statistic.total(shared.parts(own))
+
+
 class Blocks(NamedTuple):
     """Sizes of the work: tokens of a block, items of a tile, elements of the memory for logits."""
 
@@ -102,15 +107,18 @@ class Blocks(NamedTuple):
         return cls(tokens, tile, tokens * tile)
 
 
-class _Tiles:
-    """Logits of a block of tokens, tile by tile of items: kept where they fit, computed again where not."""
+class _Tiles(NamedTuple):
+    """Logits of a block of tokens, tile by tile of ``width`` items: kept where they fit, computed again where not."""
 
-    def __init__(
-        self, hidden: Tensor, item_weight: Tensor, excluded: Tensor | None, width: int, memory: Tensor
-    ) -> None:
-        self.hidden, self.item_weight, self.excluded = hidden, item_weight, excluded
-        self.width, self.memory = width, memory
-        self.kept = memory.numel() >= len(hidden) * len(item_weight)
+    hidden: Tensor
+    item_weight: Tensor
+    excluded: Tensor | None
+    width: int
+    memory: Tensor
+
+    @property
+    def kept(self) -> bool:
+        return self.memory.numel() >= len(self.hidden) * len(self.item_weight)
 
     def starts(self) -> range:
         return range(0, len(self.item_weight), self.width)
@@ -153,9 +161,7 @@ def _add_block(
     """Loss of a block of tokens; its gradients are added to ``gradients``."""
     measured = [statistic.tile(tiles.logits(start)) for start in tiles.starts()]
     values, scales = (torch.stack(column) for column in zip(*measured))
-    total = statistic.total(values)
-    if shared is not None:
-        total = statistic.total(shared.parts(total))
+    total = _over_processes(statistic.total(values), statistic, shared)
     if gradients is None:
         return row_loss(positive, total, weights)
     with torch.enable_grad():
@@ -176,18 +182,8 @@ def _add_block(
 class _CatalogueSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        item_weight: Tensor,
-        positive: Tensor,
-        weights: Tensor,
-        excluded: Tensor | None,
-        statistic: Statistic,
-        row_loss: RowLoss,
-        memory_bytes: int,
-        train: bool,
-        shared: Shared | None,
-    ) -> tuple[Tensor, Tensor]:
+        ctx, hidden, item_weight, positive, weights, excluded, statistic, row_loss, memory_bytes, train, shared
+    ):
         leaves = (hidden, item_weight, positive)
         ctx.gradients = every = _Gradients(*map(torch.zeros_like, leaves)) if train else None
         total, weight = hidden.new_zeros(()), hidden.new_zeros(())
@@ -204,12 +200,12 @@ class _CatalogueSum(torch.autograd.Function):
         return total, weight
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, upstream, _):
         if ctx.gradients is None:
             raise RuntimeError("a catalogue loss hands out its gradients once: backward cannot run a second time")
-        scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
+        scaled = [gradient.mul_(upstream) for gradient in ctx.gradients]
         ctx.gradients = None
-        return (*scaled, None, None, None, None, None, None, None)
+        return *scaled, *[None] * 7
 
 
 def catalogue_sum(
@@ -237,9 +233,7 @@ def catalogue_sum(
 
         if catalogue_kernels.takes(hidden, item_weight):
             total = catalogue_kernels.statistic(hidden, item_weight, excluded, statistic is LOGSUMEXP)
-            if shared is not None:
-                total = statistic.total(shared.parts(total))
-            return row_loss(positive, total, weights)
+            return row_loss(positive, _over_processes(total, statistic, shared), weights)
     leaves = (hidden, item_weight, positive)
     train = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     total, weight = _CatalogueSum.apply(*leaves, weights, excluded, statistic, row_loss, memory_bytes, train, shared)
@@ -258,9 +252,7 @@ def catalogue_sum_reference(
 ) -> LossOutput:
     """`catalogue_sum` of all logits at once."""
     total = row_statistic_reference(hidden, item_weight, excluded, statistic)
-    if shared is not None:
-        total = statistic.total(shared.parts(total))
-    return row_loss(positive, total, weights)
+    return row_loss(positive, _over_processes(total, statistic, shared), weights)
 
 
 def row_statistic_reference(

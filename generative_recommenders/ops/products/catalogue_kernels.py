@@ -124,9 +124,7 @@ def _by_items(
 
 class _Statistic(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, excluded: torch.Tensor | None, exponential: bool
-    ) -> torch.Tensor:
+    def forward(ctx, hidden, weight, excluded, exponential):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         shapes = _shapes(hidden, weight, excluded, exponential)
         places = hidden if excluded is None else excluded.contiguous()  # not read where none is excluded
@@ -140,7 +138,7 @@ class _Statistic(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad):
         hidden, weight, places, statistic = ctx.saved_tensors
         nothing = statistic == -torch.inf  # all items are excluded: no logit moves it
         counts = len(hidden), len(weight)
