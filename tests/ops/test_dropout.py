@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
-from generative_recommenders.ops import dispatch
+from comparison import assert_same, fast_and_reference
 from generative_recommenders.ops.dropout import Dropout, KeepMasks, dropout
 
 RATES = [0.05, 0.2, 0.5, 0.9]
@@ -92,17 +90,10 @@ def test_residual_is_added_and_not_dropped(dtype: torch.dtype) -> None:
 def test_equals_its_reference_with_gradients_under_one_mask(with_residual: bool) -> None:
     x = torch.randn(41, 3, requires_grad=True)
     residual = torch.randn(41, 3, requires_grad=True) if with_residual else None
-    leaves = [x] if residual is None else [x, residual]
-    upstream, outputs, gradients = torch.randn(41, 3), [], []
-    for context in (contextlib.nullcontext(), dispatch.references()):
-        torch.manual_seed(8)
-        with context:
-            outputs.append(dropout(x, 0.3, training=True, residual=residual))
-        gradients.append(torch.autograd.grad(outputs[-1], leaves, upstream))
-    assert isinstance(outputs[0].grad_fn, torch.autograd.function.BackwardCFunction)
-    assert not isinstance(outputs[1].grad_fn, torch.autograd.function.BackwardCFunction)
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*gradients)
+    fast, reference = fast_and_reference(lambda: dropout(x, 0.3, training=True, residual=residual))
+    assert isinstance(fast.grad_fn, torch.autograd.function.BackwardCFunction)
+    assert not isinstance(reference.grad_fn, torch.autograd.function.BackwardCFunction)
+    assert_same(fast, reference, [x] if residual is None else [x, residual])
 
 
 def test_no_dropout_in_evaluation_or_at_rate_0() -> None:

@@ -1,10 +1,11 @@
-"""Row lookups against plain torch: values and gradients."""
+"""Row lookups against plain torch, values and gradients; rows that a step reads, found as by sorting and searching."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from comparison import assert_same
 from generative_recommenders.ops import dispatch, embedding
 from generative_recommenders.ops.embedding import lookup_rows, lookup_rows_reference, sorted_unique
 
@@ -22,10 +23,7 @@ def test_equals_the_reference(sorted_from: int, num_rows: int, monkeypatch: pyte
     monkeypatch.setattr(embedding, "SORTED_FROM", sorted_from)
     weight = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.randint(num_rows - 1, (7, num_rows // 5 + 4))
-    cotangent = torch.randn(*rows.shape, 3, dtype=torch.float64)
-    values = lookup_rows(weight, rows), lookup_rows_reference(weight, rows)
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*(torch.autograd.grad(each, weight, cotangent)[0] for each in values))
+    assert_same(lookup_rows(weight, rows), lookup_rows_reference(weight, rows), [weight])
 
 
 def test_references_are_taken_on_request() -> None:
@@ -33,6 +31,20 @@ def test_references_are_taken_on_request() -> None:
     with dispatch.references():
         assert lookup_rows(weight, rows).grad_fn.name() == lookup_rows_reference(weight, rows).grad_fn.name()
     assert lookup_rows(weight, rows).grad_fn.name() != lookup_rows_reference(weight, rows).grad_fn.name()
+
+
+@pytest.mark.parametrize("num_rows", [5, 60, 5000])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_ids_each_once_and_their_places(num_rows: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    first = torch.randint(0, num_rows, (count,), generator=generator)
+    second = torch.randint(0, num_rows, (count, 3), generator=generator)
+    held = sorted_unique(torch.cat([first, second.flatten()]), num_rows - 1)
+    assert held.tolist() == sorted({*first.tolist(), *second.flatten().tolist()})
+    for rows in (first, second):
+        places = embedding.places_of(held, rows)
+        assert torch.equal(places, embedding.places_of_reference(held, rows))
+        assert places.dtype == torch.int64 and torch.equal(held[places], rows)
 
 
 @pytest.mark.parametrize("ids", [[], [4], [3, 3], [9, 1, 4, 1, 9, 9, 2]])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from comparison import assert_same, fast_and_reference
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
@@ -57,13 +57,9 @@ def reference(dense: Attend, layout: Layout, q, k, v) -> torch.Tensor:
     return torch.cat(outputs)
 
 
-def assert_same(attend: Attend, dense: Attend, layout: Layout, heads: int = 2) -> None:
+def assert_dense(attend: Attend, dense: Attend, layout: Layout, heads: int = 2) -> None:
     inputs = tokens(layout.num_tokens, heads)
-    actual, expected = attend(*inputs, layout), reference(dense, layout, *inputs)
-    cotangent = torch.randn_like(expected)
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
-    grads = [torch.autograd.grad(out, inputs, cotangent) for out in (actual, expected)]
-    torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
+    assert_same(attend(*inputs, layout), reference(dense, layout, *inputs), inputs, atol=1e-10, rtol=0)
 
 
 @both_forms
@@ -71,7 +67,7 @@ def assert_same(attend: Attend, dense: Attend, layout: Layout, heads: int = 2) -
 @pytest.mark.parametrize("step_cost", [0, 4, 40_000])
 def test_causal(monkeypatch, attend: Attend, dense: Attend, heads: int, step_cost: int) -> None:
     monkeypatch.setattr(groups_module, "STEP_COST", step_cost)
-    assert_same(attend, dense, jagged_layout(torch.tensor(LENGTHS), 9), heads)
+    assert_dense(attend, dense, jagged_layout(torch.tensor(LENGTHS), 9), heads)
 
 
 @both_forms
@@ -82,11 +78,7 @@ def test_slices_of_one_projection(attend: Attend, dense: Attend, extra: int) -> 
     projection = torch.randn(layout.num_tokens, 3 * heads * d + extra, dtype=torch.float64)
     projection.requires_grad_()
     q, k, v = (part.unflatten(1, (heads, d)) for part in projection[:, extra:].split(heads * d, dim=1))
-    actual, expected = attend(q, k, v, layout), reference(dense, layout, q, k, v)
-    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
-    cotangent = torch.randn_like(expected)
-    grads = [torch.autograd.grad(out, projection, cotangent, retain_graph=True) for out in (actual, expected)]
-    torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
+    assert_same(attend(q, k, v, layout), reference(dense, layout, q, k, v), [projection], atol=1e-10, rtol=0)
 
 
 def bidirectional(layout: Layout) -> AttentionMask:
@@ -106,7 +98,7 @@ def permuted(layout: Layout) -> AttentionMask:
 def test_attention_mask(monkeypatch, attend: Attend, dense: Attend, see, cells: int) -> None:
     monkeypatch.setattr(groups_module, "GROUP_CELLS", cells)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
-    assert_same(attend, dense, layout.with_attention_mask(see(layout)))
+    assert_dense(attend, dense, layout.with_attention_mask(see(layout)))
 
 
 @both_forms
@@ -118,33 +110,26 @@ def test_equals_its_reference_with_gradients_under_one_mask(
     monkeypatch.setattr(groups_module, "STEP_COST", 4)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     layout = layout if see is None else layout.with_attention_mask(see(layout))
-    inputs, outputs = tokens(layout.num_tokens), []
-    for context in (contextlib.nullcontext(), dispatch.references()):
-        torch.manual_seed(7)
-        with context:
-            outputs.append(attend(*inputs, layout, rate))
-    torch.testing.assert_close(*outputs)
-    upstream = torch.randn_like(outputs[0])
-    torch.testing.assert_close(*(torch.autograd.grad(each, inputs, upstream) for each in outputs))
+    inputs = tokens(layout.num_tokens)
+    assert_same(*fast_and_reference(lambda: attend(*inputs, layout, rate)), inputs)
+
+
+def random_bias(layout: Layout) -> TableBias:
+    """One table that all rows look up alike, and one of their own."""
+    each = [tile for group in layout.groups for tile in tiles(group, layout)]
+    shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
+    own = [torch.randint(5, (tile.rows, tile.stop - tile.start, tile.keys)) for tile in each]
+    tables = tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5))
+    return TableBias(tables, list(zip(shared, own)))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_a_bias_in_the_reference(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
     monkeypatch.setattr(groups_module, "STEP_COST", 4)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
-    each = [tile for group in layout.groups for tile in tiles(group, layout)]
-    shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
-    own = [torch.randint(5, (tile.rows, tile.stop - tile.start, tile.keys)) for tile in each]
-    tables = tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5))
-    bias = TableBias(tables, list(zip(shared, own)))
-    inputs, outputs = tokens(layout.num_tokens), []
-    for context in (contextlib.nullcontext(), dispatch.references()):
-        torch.manual_seed(7)
-        with context:
-            outputs.append(pointwise_attention(*inputs, layout, bias, DIVISOR, rate))
-    torch.testing.assert_close(*outputs)
-    upstream = torch.randn_like(outputs[0])
-    torch.testing.assert_close(*(torch.autograd.grad(x, [*inputs, *tables], upstream) for x in outputs))
+    inputs, bias = tokens(layout.num_tokens), random_bias(layout)
+    outputs = fast_and_reference(lambda: pointwise_attention(*inputs, layout, bias, DIVISOR, rate))
+    assert_same(*outputs, [*inputs, *bias.tables])
 
 
 @both_forms
@@ -157,16 +142,13 @@ def test_gradcheck(attend: Attend, dense: Attend) -> None:
 def test_gradcheck_of_the_bias(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     monkeypatch.setattr(groups_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor([2, 4]), 4)
-    each = [tile for group in layout.groups for tile in tiles(group, layout)]
-    assert {tile.rows for tile in each} == {1, 2}
-    shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
-    own = [torch.randint(5, (tile.rows, tile.stop - tile.start, tile.keys)) for tile in each]
-    tables = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5)]
+    assert {tile.rows for group in layout.groups for tile in tiles(group, layout)} == {1, 2}
+    bias = random_bias(layout)
 
     def attend(q, k, v, *tables):
-        return pointwise_attention(q, k, v, layout, TableBias(tables, list(zip(shared, own))), DIVISOR)
+        return pointwise_attention(q, k, v, layout, TableBias(tables, bias.indices), DIVISOR)
 
-    assert torch.autograd.gradcheck(attend, (*tokens(6, heads, 2, 2), *tables))
+    assert torch.autograd.gradcheck(attend, (*tokens(6, heads, 2, 2), *bias.tables))
 
 
 @both_forms
@@ -289,13 +271,11 @@ def test_keys_that_are_the_values(monkeypatch, rate: float) -> None:
     monkeypatch.setattr(groups_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     q, k, _ = tokens(layout.num_tokens, 2, 3, 3)
-    outputs, gradients = [], []
+    outputs = []
     for values in (k, k.clone()):
         torch.manual_seed(7)
         outputs.append(softmax_attention(q, k, values, layout, rate))
-        gradients += [torch.autograd.grad((outputs[-1] ** 2).sum(), [q, k])]
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*gradients)
+    assert_same(*outputs, [q, k])
 
 
 def test_scale() -> None:

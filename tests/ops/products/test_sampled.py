@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from comparison import assert_same
 from generative_recommenders.ops.products import sampled as module
 from generative_recommenders.ops.products.sampled import (
     block_products,
@@ -17,13 +18,6 @@ from generative_recommenders.ops.products.sampled import (
     scored_products_reference,
     split_blocks,
 )
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> None:
-    torch.testing.assert_close(actual, expected)
-    cotangent = torch.randn_like(expected)
-    grads = [torch.autograd.grad(each, leaves, cotangent) for each in (actual, expected)]
-    torch.testing.assert_close(*grads)
 
 
 def leaf(*shape: int) -> torch.Tensor:
