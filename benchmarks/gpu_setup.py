@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) 
 def timed_steps(trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60) -> dict[str, Any]:
     """Time of steps that follow each other, memory, and, where asked for, a table of the slowest kernels."""
     trainer.model.train()
-    batches = prefetch((each for epoch in range(1000) for each in trainer.loader.epoch(epoch)), 8)
+    batches = prefetch(itertools.chain.from_iterable(map(trainer.loader.epoch, itertools.count())), 8)
     trainer.run_step(next(batches))  # kernels are compiled
     one = bench.seconds(lambda: trainer.run_step(next(batches)), 2)
     steps = 2 if bench.quick else max(5, min(steps, int(3.0 / one)))

@@ -11,6 +11,7 @@ the processes have held together up to the end of each stage, in MiB; the table 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -71,18 +72,17 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
 
     trainer = stage("build", lambda: Trainer(settings, dataset, make_split(dataset), collectives))
     trainer.model.train()
-    steps: list[float] = []
 
-    def train() -> None:
-        while len(steps) < args.steps + WARM_UP:
-            for batch in trainer.loader.epoch(0):
-                started = time.perf_counter()
-                trainer.run_step(batch)
-                steps.append(time.perf_counter() - started)
-                if len(steps) == args.steps + WARM_UP:
-                    break
+    def train() -> list[float]:
+        times = []
+        batches = itertools.chain.from_iterable(map(trainer.loader.epoch, itertools.count()))
+        for batch in itertools.islice(batches, WARM_UP + args.steps):
+            started = time.perf_counter()
+            trainer.run_step(batch)
+            times.append(time.perf_counter() - started)
+        return times[WARM_UP:]
 
-    stage("steps", train)
+    step_seconds = stage("steps", train)
     users = stage("evaluation", lambda: trainer.evaluation.test(trainer.model)).targets
     checkpoints = Path(folder) / "checkpoints"
     store = CheckpointStore(checkpoints, read_only=not collectives.is_main, joins_rows=world_size == 1)
@@ -99,7 +99,7 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
         result = {
             "items": args.items, "dim": args.dim, "processes": world_size, "optimizer": args.optimizer,
             "table_mb": round(4 * args.items * args.dim / 2**20),
-            "step_seconds": round(statistics.median(steps[WARM_UP:]), 4),
+            "step_seconds": round(statistics.median(step_seconds), 4),
             "eval_users_per_second": round(users / seconds["evaluation"], 1), "threads": torch.get_num_threads(),
             "seconds": seconds, "peak_mb": peaks,
         }  # fmt: skip

@@ -15,6 +15,7 @@ and writes of the item table take at the rate of a copy: each row once in and on
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import sys
@@ -146,31 +147,23 @@ def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[flo
     """(seconds of the step, seconds waiting for its data, tokens) of each timed step."""
     rows: list[tuple[float, float, int]] = []
     trainer.model.train()
-    epoch = 0
-    while len(rows) < steps + warmup:
-        batches = trainer.loader.epoch(epoch)
-        while len(rows) < steps + warmup:
-            started = time.perf_counter()
-            loaded = next(batches, None)
-            if loaded is None:
-                break
-            ready = time.perf_counter()
-            float(trainer.run_step(loaded).loss)  # waits for an accelerator
-            rows.append((time.perf_counter() - started, ready - started, loaded.global_tokens))
-        epoch += 1
+    batches = itertools.chain.from_iterable(map(trainer.loader.epoch, itertools.count()))
+    for _ in range(warmup + steps):
+        started = time.perf_counter()
+        loaded = next(batches)
+        ready = time.perf_counter()
+        float(trainer.run_step(loaded).loss)  # waits for an accelerator
+        rows.append((time.perf_counter() - started, ready - started, loaded.global_tokens))
     return rows[warmup:]
 
 
 def timed_plain_steps(trainer: Trainer, steps: int) -> list[float]:
     """Seconds of steps of `plain_step.PlainStep` on the trainer's batches; a step before them is not counted."""
     plain = plain_step.PlainStep(trainer.settings, trainer.dataset.num_items)
-    seconds = []
-    for loaded, _ in zip(trainer.loader.epoch(0), range(steps + 1)):
-        example = trainer.task.objective.example(loaded.columns)
-        started = time.perf_counter()
-        plain(example)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    batches = itertools.islice(trainer.loader.epoch(0), steps + 1)
+    examples = [trainer.task.objective.example(loaded.columns) for loaded in batches]
+    done = map(plain, examples)  # a step each time that the next one is asked for
+    return timing.seconds_of(lambda: next(done), len(examples) - 1)
 
 
 def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> float:
