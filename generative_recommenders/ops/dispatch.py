@@ -9,6 +9,7 @@ import importlib.util
 import io
 import logging as python_logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from absl import logging
@@ -106,9 +107,11 @@ def waits(x: torch.Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def autocast(at: torch.Tensor | torch.device, dtype: torch.dtype | None) -> torch.autocast:
+def autocast(at: torch.Tensor | torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to dtype on a tensor's device; None switches autocast off."""
     device = at if isinstance(at, torch.device) else at.device
+    if dtype is None and not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # which an exporter does not see
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
