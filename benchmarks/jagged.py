@@ -3,8 +3,8 @@
     python benchmarks/jagged.py --repeats=200                # where fbgemm is installed
 
 The last line is one JSON object. For every shape: float32 tokens ``[T, D]`` padded and taken back, forward and
-backward; and what every batch asks of its layout, forward alone: the cells of its tokens (int64 ``[B, N]`` to ``[T]``)
-and their positions. Both ways are timed by turns; a number is a median.
+backward; and what every batch asks of its layout, forward alone: the cells of its tokens (int64 ``[B, N]`` to ``[T]``).
+Both ways are timed by turns; a number is a median.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from generative_recommenders.ops.jagged import (
     jagged_to_padded_reference,
     padded_to_jagged,
     padded_to_jagged_reference,
-    row_positions,
-    row_positions_reference,
 )
 
 Function = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -42,16 +40,15 @@ def measure(rows: int, columns: int, width: int, device: torch.device, repeats: 
     dense.requires_grad_()
     cells = torch.arange(rows * columns, device=device).view(rows, columns)
 
-    def calls(to_padded: Function, to_jagged: Function, positions: Function) -> dict[str, Callable[[], object]]:
+    def calls(to_padded: Function, to_jagged: Function) -> dict[str, Callable[[], object]]:
         return {
             "jagged_to_padded": lambda: torch.autograd.grad(to_padded(values, offsets, columns), values, d_dense),
             "padded_to_jagged": lambda: torch.autograd.grad(to_jagged(dense, offsets, tokens), dense, d_values),
             "cells_of_tokens": lambda: to_jagged(cells, offsets, tokens),
-            "row_positions": lambda: positions(offsets, tokens),
         }
 
-    by_fbgemm = calls(jagged_to_padded, padded_to_jagged, row_positions)
-    plain = calls(jagged_to_padded_reference, padded_to_jagged_reference, row_positions_reference)
+    by_fbgemm = calls(jagged_to_padded, padded_to_jagged)
+    plain = calls(jagged_to_padded_reference, padded_to_jagged_reference)
     return {name: compare(by_fbgemm[name], plain[name], repeats) for name in plain}
 
 

@@ -48,16 +48,3 @@ def padded_to_jagged_reference(dense: torch.Tensor, offsets: torch.Tensor, num_t
     of_rows = torch.repeat_interleave(first_cells - offsets[:-1], offsets.diff(), output_size=num_tokens)
     cells = of_rows + torch.arange(num_tokens, device=dense.device)
     return dense.flatten(0, 1).index_select(0, cells)
-
-
-def row_positions(offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """``[T]`` int64: place of each token in its row, from 0."""
-    if not dispatch.takes_fbgemm(offsets) or num_tokens == 0:
-        return row_positions_reference(offsets, num_tokens)
-    return torch.ops.fbgemm.offsets_range(offsets[:-1], num_tokens)
-
-
-def row_positions_reference(offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """`row_positions` in plain torch."""
-    starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=num_tokens)
-    return torch.arange(num_tokens, device=offsets.device) - starts

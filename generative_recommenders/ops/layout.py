@@ -22,7 +22,7 @@ from generative_recommenders.ops.attention.groups import (
     groups_of_rectangle,
     groups_of_rows,
 )
-from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
+from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged
 from generative_recommenders.ops.rectangles import Places
 
 
@@ -162,14 +162,15 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
         raise UserError(
             f"lengths reach from {least} to {longest}, and a row has {max_length} columns: cut them to 0..{max_length}"
         )
-    offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(host))))
+    starts, row_of = np.cumsum(host) - host, np.repeat(np.arange(host.size), host)
     fields = {
-        "lengths": torch.from_numpy(host),
-        "positions": row_positions(offsets, int(offsets[-1])),
-        "row_of": torch.from_numpy(np.repeat(np.arange(host.size), host)),
-        "starts": offsets[:-1],
+        "lengths": host,
+        "positions": np.arange(row_of.size) - starts[row_of],
+        "row_of": row_of,
+        "starts": starts,
     }
-    return Layout(max_length=max_length, host_lengths=host, **moved(fields, device))
+    tensors = {name: torch.from_numpy(each) for name, each in fields.items()}
+    return Layout(max_length=max_length, host_lengths=host, **moved(tensors, device))
 
 
 def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> Layout:

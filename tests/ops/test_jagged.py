@@ -12,7 +12,7 @@ import torch
 
 from comparison import assert_same
 from generative_recommenders.ops import dispatch, jagged
-from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
+from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged
 from generative_recommenders.ops.layout import jagged_layout
 
 LENGTHS = [2, 0, 5, 1, 0]
@@ -76,16 +76,10 @@ def test_references_have_the_gradients_of_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: jagged.padded_to_jagged_reference(x, OFFSETS, 8), dense)
 
 
-def test_row_positions(way: str) -> None:
-    assert row_positions(OFFSETS, 8).tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
-    assert row_positions(torch.tensor([0]), 0).tolist() == []
-
-
 def test_no_tokens(way: str) -> None:
     offsets = torch.zeros(3, dtype=torch.int64)
     assert jagged_to_padded(torch.zeros(0, 2), offsets, 3).tolist() == torch.zeros(2, 3, 2).tolist()
     assert padded_to_jagged(torch.zeros(2, 3, 2), offsets, 0).shape == (0, 2)
-    assert row_positions(offsets, 0).shape == (0,)
 
 
 def test_layouts_convert_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
