@@ -22,8 +22,8 @@ from generative_recommenders.ops.normalization import layer_norm_reference
 from generative_recommenders.ops.normalization_kernels import FusedLayerNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTHS = torch.tensor([40, 3, 0, 70, 33], device=DEVICE)
-LONGEST = 75
+LENGTHS = torch.tensor([40, 3, 0, 33], device=DEVICE)  # of one to three blocks, whole and not
+LONGEST = 45
 LAYOUTS = {
     "jagged": lambda: jagged_layout(LENGTHS, LONGEST),
     "padded": lambda: padded_layout(LENGTHS, LONGEST),
