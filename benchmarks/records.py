@@ -4,6 +4,7 @@ they were measured. Torch is not imported here, since some benchmarks measure wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -30,9 +31,12 @@ def parser_of(description: str | None, **integers: int) -> argparse.ArgumentPars
 
 
 def stamp() -> dict[str, Any]:
-    """When, where and of which code. commit: with "-dirty" where the checkout has other changes; None outside git."""
+    """When, where and of which code. commit: with "-dirty" where the checkout has other changes; None without git, or
+    outside a checkout."""
     described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(FileNotFoundError):  # no git
+        commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "benchmark": Path(sys.argv[0]).stem,
         "date": time.strftime("%Y-%m-%d"),

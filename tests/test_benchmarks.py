@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -109,6 +110,16 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
         assert value > 0, path
     stamped = result["machine"] if name == "gpu" else result
     assert stamped["benchmark"] == name and {"date", "commit", "torch", "cores", "load_before"} <= stamped.keys()
+
+
+def without_git() -> None:
+    os.environ["PATH"] = ""
+
+
+def test_a_record_where_there_is_no_git(tmp_path: Path) -> None:
+    done = run_program("benchmarks/report.py", "--out=.", f"--results={tmp_path}", folder=tmp_path, before=without_git)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["commit"] is None
 
 
 @pytest.mark.slow

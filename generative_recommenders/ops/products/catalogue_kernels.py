@@ -9,8 +9,6 @@ added up in their order, without atomics, so that every run gives the same bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,8 @@ import triton.language as tl
 WIDEST = 128
 """The widest states and items D that the kernels take: beyond, products of kept logits are faster (measured on an
 H200)."""
+_TOKENS, _ITEMS = 64, 64
+"""Of a program's tile."""
 _PROGRAMS = 1024
 """Programs that a launch is cut into, where there is so much work."""
 
@@ -126,9 +126,18 @@ class _Statistic(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, excluded, exponential):
         hidden, weight = hidden.contiguous(), weight.contiguous()
-        shapes = _shapes(hidden, weight, excluded, exponential)
         places = hidden if excluded is None else excluded.contiguous()  # not read where none is excluded
-        tiles, segments, segment = _cut(len(hidden), shapes["TOKENS"], len(weight), shapes["ITEMS"])
+        shapes = {
+            "D": hidden.shape[1],
+            "P": 0 if excluded is None else excluded.shape[1],
+            "EXPONENTIAL": exponential,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "COLUMNS": max(16, triton.next_power_of_2(hidden.shape[1])),  # the least width of a product of tiles
+            "TOKENS": _TOKENS,
+            "ITEMS": _ITEMS,
+            "num_warps": 4,
+        }
+        tiles, segments, segment = _cut(len(hidden), _TOKENS, len(weight), _ITEMS)
         partial = hidden.new_empty(segments, len(hidden))
         _statistics[(tiles, segments)](hidden, weight, places, partial, len(hidden), len(weight), segment, **shapes)
         statistic = partial.logsumexp(0) if exponential else partial.sum(0)
@@ -143,15 +152,14 @@ class _Statistic(torch.autograd.Function):
         nothing = statistic == -torch.inf  # all items are excluded: no logit moves it
         counts = len(hidden), len(weight)
         inputs = hidden, weight, places, statistic.masked_fill(nothing, 0.0), grad.masked_fill(nothing, 0.0)
-        sizes = ctx.shapes["TOKENS"], ctx.shapes["ITEMS"]
         d_hidden = d_weight = None
         if ctx.needs_input_grad[0]:
-            tiles, segments, segment = _cut(counts[0], sizes[0], counts[1], sizes[1])
+            tiles, segments, segment = _cut(counts[0], _TOKENS, counts[1], _ITEMS)
             partial = hidden.new_empty(segments, *hidden.shape)
             _by_states[(tiles, segments)](*inputs, partial, *counts, segment, **ctx.shapes)
             d_hidden = partial.sum(0)
         if ctx.needs_input_grad[1]:
-            tiles, segments, segment = _cut(counts[1], sizes[1], counts[0], sizes[0])
+            tiles, segments, segment = _cut(counts[1], _ITEMS, counts[0], _TOKENS)
             partial = weight.new_empty(segments, *weight.shape)
             _by_items[(tiles, segments)](*inputs, partial, *counts, segment, **ctx.shapes)
             d_weight = partial.sum(0) if segments > 1 else partial[0]
@@ -164,22 +172,6 @@ def _cut(outer: int, tile: int, inner: int, step: int) -> tuple[int, int, int]:
     steps = triton.cdiv(inner, step)
     each = max(triton.cdiv(steps, max(1, _PROGRAMS // tiles)), min(steps, 8))
     return tiles, triton.cdiv(steps, each), each * step
-
-
-def _shapes(
-    hidden: torch.Tensor, weight: torch.Tensor, excluded: torch.Tensor | None, exponential: bool
-) -> dict[str, Any]:
-    columns = max(16, triton.next_power_of_2(hidden.shape[1]))
-    return {
-        "D": hidden.shape[1],
-        "P": 0 if excluded is None else excluded.shape[1],
-        "EXPONENTIAL": exponential,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "COLUMNS": columns,
-        "TOKENS": 64,
-        "ITEMS": 64,
-        "num_warps": 4,
-    }
 
 
 def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ Every sum is one program's, in the order of the draws, so that every run gives t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -62,18 +64,13 @@ def _sums_of_tokens(
 def products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``[T, R]``: ``hidden[t] · weight[rows[t, r]]``. hidden: ``[T, D]``; weight: ``[U, D]``; rows: ``[T, R]``
     int64."""
-    out = hidden.new_empty(rows.shape)
-    if out.numel():
-        _products[(len(rows),)](hidden, weight, rows, out, **_constants(hidden, rows))
-    return out
+    return _launched(_products, hidden.new_empty(rows.shape), rows.shape[1], hidden, weight, rows)
 
 
 def sums_of_rows(weight: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """``[T, D]``: the sum over r of ``grad[t, r] weight[rows[t, r]]``."""
     out = weight.new_empty(len(rows), weight.shape[1])
-    if out.numel():
-        _sums_of_rows[(len(rows),)](weight, rows, grad, out, **_constants(weight, rows))
-    return out
+    return _launched(_sums_of_rows, out, rows.shape[1], weight, rows, grad)
 
 
 def sums_of_tokens(hidden: torch.Tensor, grad: torch.Tensor, order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -82,17 +79,13 @@ def sums_of_tokens(hidden: torch.Tensor, grad: torch.Tensor, order: torch.Tensor
     order: ``[T R]`` int64 entries by row; starts: ``[U + 1]`` int64, see `ops.embedding.bags_of_rows`.
     """
     out = hidden.new_empty(len(starts) - 1, hidden.shape[1])
+    return _launched(_sums_of_tokens, out, grad.shape[1], hidden, grad, order, starts)
+
+
+def _launched(kernel: Any, out: torch.Tensor, draws: int, matrix: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """``out``, filled by a program for each of its rows. matrix: ``[n, D]``."""
+    width = matrix.shape[1]
     if out.numel():
-        _sums_of_tokens[(len(out),)](hidden, grad, order, starts, out, **_constants(hidden, grad))
+        columns = triton.next_power_of_2(width)
+        kernel[(len(out),)](matrix, *others, out, R=draws, D=width, COLUMNS=columns, ROWS=_ROWS, num_warps=2)
     return out
-
-
-def _constants(x: torch.Tensor, rows: torch.Tensor) -> dict[str, int]:
-    width = x.shape[1]
-    return {
-        "R": rows.shape[1],
-        "D": width,
-        "COLUMNS": triton.next_power_of_2(width),
-        "ROWS": _ROWS,
-        "num_warps": 2,
-    }
