@@ -10,7 +10,6 @@ Books, so that nothing but the program, torch and numpy is needed.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import time
@@ -29,7 +28,6 @@ from gpu_setup import (
     Bench,
     books,
     guarded,
-    machine,
     made_dataset,
     make_trainer,
     movie_settings,
@@ -348,7 +346,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = records.parser_of(__doc__, epochs=EPOCHS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
@@ -356,22 +354,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument("--profiles", type=Path, help="folder for tables of the slowest kernels")
     parser.add_argument("--output", type=Path, help="file for the JSON")
-    return parser.parse_args()
-
-
-def main() -> None:
-    flags = parse()
-    bench = Bench(
-        torch.device(flags.device),
-        flags.quick,
-        flags.epochs,
-        time.perf_counter() + flags.seconds,
-        flags.profiles,
-    )
+    flags = parser.parse_args()
+    until = time.perf_counter() + flags.seconds
+    bench = Bench(torch.device(flags.device), flags.quick, flags.epochs, until, flags.profiles)
     for folder in (flags.profiles, flags.output and flags.output.parent):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": machine(bench)}
+    card = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
+    results: dict[str, Any] = {"machine": {"card": card, **records.stamp()}}
     for name in flags.parts:
         started = time.perf_counter()
         bench.peak_mb()

@@ -187,11 +187,6 @@ def guarded(work: Callable[..., Any], *arguments: Any) -> Any:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
 
 
-def machine(bench: Bench) -> dict[str, Any]:
-    card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    return {"card": card, **records.stamp()}
-
-
 def table(results: dict[str, Any]) -> str:
     """The figures, a line each."""
 

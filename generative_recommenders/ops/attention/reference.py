@@ -47,8 +47,9 @@ def pointwise_attention_reference(
     seed."""
     with dispatch.autocast(q, None):
         logits = _by_row(q, layout) @ _by_row(k, layout).mT
-        for place, table in enumerate(bias.tables if bias else ()):
-            logits = logits + _looked_up(table, [each[place] for each in bias.indices], layout).to(q.dtype)
+        tables, indices = bias or TableBias((), [])
+        for place, table in enumerate(tables):
+            logits = logits + _looked_up(table, [each[place] for each in indices], layout).to(q.dtype)
         return _attended(F.silu(logits) * _mask(layout) / divisor, q, v, layout, dropout_rate)
 
 
