@@ -49,7 +49,7 @@ def fast_on_cpu(x: torch.Tensor) -> bool:
 
 
 def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
-    """As `fast_on_cpu`, for operations whose products autocast would not reach: not under autocast."""
+    """As `fast_on_cpu`, but not under autocast: for operations whose products it would not reach."""
     return fast_on_cpu(x) and not torch.is_autocast_enabled("cpu")
 
 
@@ -59,7 +59,7 @@ def takes_kernels(x: torch.Tensor) -> bool:
 
 
 def takes_fbgemm(x: torch.Tensor) -> bool:
-    """Whether fbgemm's jagged operators are taken for ``x``; its CUDA ones know no integers, and are not measured."""
+    """Whether fbgemm's jagged operators are taken for ``x``; those for CUDA do not take integers."""
     dtypes = _FBGEMM_CPU_DTYPES if x.device.type == "cpu" else _FBGEMM_DTYPES
     return fast() and x.dtype in dtypes and x.numel() > 0 and fbgemm_runs_on(x.device.type)
 

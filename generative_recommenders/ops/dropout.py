@@ -25,8 +25,8 @@ class KeepMasks:
     """A source of masks: 0 with probability ``rate``, else 1, in the dtype and on the device of ``like``."""
 
     def __init__(self, rate: float, like: torch.Tensor, elements: int = 0) -> None:
-        """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not
-        many."""
+        """elements: how many will be drawn in all. Their bits are made at once, so that torch's other threads wait
+        once."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
         self.elements, self.numbered = elements, numbered_rows.current()
         self.on_device = dispatch.waits(like)

@@ -17,7 +17,7 @@ def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
         if x.shape[-1] <= MAX_WIDTH:
             return FusedLayerNorm.apply(x.float() if torch.is_autocast_enabled("cuda") else x, eps)
-    width = x.shape[-1:]  # without the weights that change nothing torch's CPU kernel takes twice as long
+    width = x.shape[-1:]  # torch's CPU kernel takes twice as long without weights, so it gets some that change nothing
     return F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width), eps)
 
 

@@ -1,7 +1,7 @@
-"""Work that threads share by whole parts, each with operations that take one core.
+"""Work in parts, each done by a thread of one core.
 
-torch shares out every single operation: its threads wait for each other after each, and read what another one's core
-wrote. A thread that does all steps of its own part has the numbers in its own cache and waits once, at the end.
+torch splits every single operation over its threads, which wait for each other after it and then read what other cores
+wrote. A thread that does all steps of its own part finds the numbers in its own cache and waits once, at the end.
 """
 
 from __future__ import annotations
