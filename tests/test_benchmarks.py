@@ -41,7 +41,14 @@ TINY = {
     "serve_load": ["--items=30", "--length=4", "--requests=20", "--clients", "1", "4"],
     "startup": ["--rounds=1", "--users=300"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
-    "train_step": ["--users=150", "--steps=1", "--num_negatives=4", "--plain_steps=1", "--evaluations=1"],
+    "train_step": [
+        "--users=60",
+        "--batch_size=8",
+        "--steps=1",
+        "--num_negatives=4",
+        "--plain_steps=1",
+        "--evaluations=1",
+    ],
 }
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
