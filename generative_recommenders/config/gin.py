@@ -10,7 +10,9 @@ import io
 import re
 import tokenize
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +212,6 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
         raise UserError(f"gin: {fault} ({place}, line {number})") from error
     except tokenize.TokenError as error:  # a bracket or a string that is not closed
         raise UserError(f"gin: {error.args[0]} ({place}, line {error.args[1][0]})") from error
-    except UserError:
-        raise
     except (RecursionError, MemoryError) as error:
         raise UserError(f"gin: a value is nested too deeply ({place}, line {line})") from error
     except PARSER_FAULTS as error:
@@ -240,15 +240,12 @@ def _without_quotes(message: str, text: str, line: int) -> str | None:
 def _strings_in_a_row(text: str) -> int:
     """The longest run of strings with nothing but line ends and comments between them."""
     longest = run = 0
-    try:
+    between = (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
+    with suppress(tokenize.TokenError, SyntaxError):  # the parser says what and where
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.STRING:
-                run += 1
+            if token.type not in between:
+                run = run + 1 if token.type == tokenize.STRING else 0
                 longest = max(longest, run)
-            elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
-                run = 0
-    except (tokenize.TokenError, SyntaxError):  # the parser says what and where
-        pass
     return longest
 
 
@@ -288,12 +285,8 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
 
 def resolved_text(settings: RunSettings) -> str:
     """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
-    lines, last = [], ""
-    for name, value in resolved_values(settings).items():
-        owner = name.partition(".")[0]
-        lines += [""] * (last not in ("", owner)) + [f"{name} = {value!r}"]
-        last = owner
-    return "\n".join([*lines, ""])
+    by_owner = groupby(resolved_values(settings).items(), key=lambda each: each[0].partition(".")[0])
+    return "\n".join("".join(f"{name} = {value!r}\n" for name, value in own) for _, own in by_owner)
 
 
 def resolved_values(settings: RunSettings) -> dict[str, Any]:

@@ -7,12 +7,19 @@ from pathlib import Path
 import torch
 from absl import logging
 
-from generative_recommenders.config.fields import OptionOf, SuppliedTo, Unless
+from generative_recommenders.config.fields import Unless, UsedBy
 from generative_recommenders.config.published import PUBLISHED
 from generative_recommenders.config.published_runs import unlike_published
 from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES, Registry, parts_by_gin_name
 from generative_recommenders.config.schema import FIELDS, GROUPS, NAMES, RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
+
+BFLOAT16 = (
+    "train_fn.main_module_bf16",
+    "train_fn.eval_bf16",
+    "get_similarity_function.bf16_training",
+    "create_mol_interaction_module.bf16_training",
+)
 
 
 def log_notices(settings: RunSettings) -> None:
@@ -67,53 +74,37 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
 def _reason(settings: RunSettings, name: str) -> str | None:
     """Why a setting has no effect in this run, None where it has."""
     if name not in FIELDS:
-        registry = PUBLISHED[name][0].registry
-        return None if settings.readers(name) else _no_part_uses(settings, registry, "has no such option")
+        return None if settings.readers(name) else _no_part_uses(settings, PUBLISHED[name][0].registry)
     group, field = FIELDS[name]
     for condition in GROUPS[group].model_fields[field].metadata:
         if isinstance(condition, Unless) and settings.value(condition.setting) in condition.values:
             return f"{condition.setting} is {settings.value(condition.setting)!r}"
-        if isinstance(condition, (SuppliedTo, OptionOf)):
+        if isinstance(condition, UsedBy):
             registry = REGISTRIES[condition.kind]
             parts = [part for part in settings.chosen_parts() if part.registry is registry]
-            if isinstance(condition, OptionOf) and not any(field in part.options.model_fields for part in parts):
-                return _no_part_uses(settings, registry, "has no such option")
-            if isinstance(condition, SuppliedTo) and not any(
-                condition.name is None or condition.name in part.supplied for part in parts
-            ):
-                return _no_part_uses(settings, registry, "does not read it")
-    if name == NEGATIVE_SAMPLERS.setting and not settings.draws_negatives:
-        return _no_part_uses(settings, NEGATIVE_SAMPLERS, "")
+            if not any(condition.name in (None, *part.supplied, *part.options.model_fields) for part in parts):
+                return _no_part_uses(settings, registry)
     return None
 
 
-def _no_part_uses(settings: RunSettings, registry: Registry, why: str) -> str:
-    """The reason that no chosen part of a kind reads a setting."""
+def _no_part_uses(settings: RunSettings, registry: Registry) -> str:
+    """The reason that no chosen part of a kind uses a setting."""
     if registry is NEGATIVE_SAMPLERS and not settings.draws_negatives:
         return f"{settings.loss.loss_module} scores the catalogue and draws no negatives"
-    return f"{registry.setting} = {settings.value(registry.setting)!r} {why}"
+    return f"{registry.setting} = {settings.value(registry.setting)!r} has no such option"
 
 
 def _unsupported_here(settings: RunSettings) -> list[str]:
     loader, lines = settings.loader, []
     if loader.num_workers > 0:
         lines.append(
-            f"create_data_loader.num_workers = {loader.num_workers}: batches are cut by one thread and need no workers"
+            f"create_data_loader.num_workers = {loader.num_workers}: one thread makes the batches, without workers"
         )
     if loader.prefetch_factor > MAX_PREFETCH:
         lines.append(
             f"create_data_loader.prefetch_factor = {loader.prefetch_factor}: {MAX_PREFETCH} batches are made ahead"
         )
-    asked = [
-        name
-        for name in (
-            "train_fn.main_module_bf16",
-            "train_fn.eval_bf16",
-            "get_similarity_function.bf16_training",
-            "create_mol_interaction_module.bf16_training",
-        )
-        if settings.value(name)
-    ]
+    asked = list(filter(settings.value, BFLOAT16))
     if asked and not has_bfloat16():
         lines.append(f"{', '.join(asked)}: this machine has no bfloat16 units; it is emulated and slower than float32")
     return lines

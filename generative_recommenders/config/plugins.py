@@ -94,13 +94,13 @@ def _load(source: str) -> Plugin:
 
 def _sha256(spec: ModuleSpec) -> str:
     """Of a module's code, a package's files in the order of their names; empty where it has no files."""
-    files = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob("*.py"))]
-    if spec.submodule_search_locations is None and (origin := Path(spec.origin or "")).is_file():
-        files = [origin]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest() if files else ""
+    folders = spec.submodule_search_locations
+    if folders is None:
+        files = [Path(spec.origin or "")]
+    else:
+        files = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
+    contents = [path.read_bytes() for path in files if path.is_file()]
+    return hashlib.sha256(b"".join(contents)).hexdigest() if contents else ""
 
 
 def _failed(source: str, error: BaseException) -> BaseException:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import Parameter
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import create_model
@@ -47,17 +48,12 @@ class Part:
         return plugin_of(self.make.__module__)
 
     @cached_property
-    def _parameters(self) -> dict[str, inspect.Parameter]:
+    def _parameters(self) -> dict[str, Parameter]:
         if isinstance(self.make, type) and not _has_constructor(self.make):
             return {}
         found = dict(inspect.signature(self.make).parameters)
-        open_ended = (
-            inspect.Parameter.VAR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.POSITIONAL_ONLY,
-        )
         for parameter in found.values():
-            if parameter.kind in open_ended:
+            if parameter.kind not in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
                 raise UserError(f"{self.gin_name}: write its options out by name instead of {parameter}")
         return found
 
@@ -91,7 +87,7 @@ class Part:
                     group = self.groups[name]
                     fields |= {group.prefix + key: (f.annotation, f) for key, f in group.model_fields.items()}
                 elif name not in self.supplied:
-                    required = parameter.default is inspect.Parameter.empty
+                    required = parameter.default is Parameter.empty
                     fields[name] = self._hints[name], ... if required else parameter.default
             return create_model(self.gin_name, __base__=StrictModel, **fields)
         except KeyError as error:
@@ -101,27 +97,20 @@ class Part:
                 f"{self.gin_name}: the types in its signature cannot be used: {first_line(error)}"
             ) from error
 
-    @cached_property
-    def _own_options(self) -> type[StrictModel]:
-        """`options` without those of groups, which are checked where a group is made."""
-        fields: dict[str, Any] = {
-            name: (field.annotation, field)
-            for name, field in self.options.model_fields.items()
-            if name in self._parameters
-        }
-        return create_model(self.gin_name, __base__=StrictModel, **fields)
-
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""
-        model = validated(self.options, given, self.gin_name)
-        return {name: getattr(model, name) for name in self.options.model_fields}
+        return dict(validated(self.options, given, self.gin_name))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """UserError for the first of a constructor's arguments whose value its option cannot have."""
-        options = arguments.keys() & self._own_options.model_fields.keys()
-        # A default need not pass: that of a bound is infinity, which gin cannot write.
-        given = {name: arguments[name] for name in options if arguments[name] is not self.default(name)}
-        validated(self._own_options, given, self.gin_name)
+        given: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if name in self.groups:
+                given |= {self.groups[name].prefix + key: each for key, each in value}
+            # A default need not pass: that of a bound is infinity, which gin cannot write.
+            elif name in self.options.model_fields and value is not self.default(name):
+                given[name] = value
+        validated(self.options, given, self.gin_name)
 
     def checked(self, option: str, value: Any, called: str | None = None) -> Any:
         """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call
@@ -140,13 +129,14 @@ class Part:
         with the options.
         """
         options = self.option_values(given)
-        no_default = inspect.Parameter.empty
-        if missing := sorted(
-            name for name in self.supplied - set(supplies) if self._parameters[name].default is no_default
-        ):
+        needed = {name for name in self.supplied if self._parameters[name].default is Parameter.empty}
+        if missing := sorted(needed - supplies.keys()):
             raise UserError(f"{self.gin_name} needs {', '.join(missing)}, which this program has no value for")
-        passed = {name: supplies[name] for name in sorted(self.supplied & set(supplies))}
-        passed = {name: value(options) if inspect.isfunction(value) else value for name, value in passed.items()}
+        passed = {
+            name: value(options) if inspect.isfunction(value) else value
+            for name, value in supplies.items()
+            if name in self.supplied
+        }
         for name, group in self.groups.items():
             options[name] = group(**{key: options.pop(group.prefix + key) for key in group.model_fields})
         try:
@@ -159,9 +149,8 @@ class Part:
         """That of a function which takes what the program supplies and every option by name."""
         parameters = [self._parameters[name] for name in self._parameters if name in self.supplied]
         for name, field in self.options.model_fields.items():
-            default = inspect.Parameter.empty if field.is_required() else field.get_default()
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(inspect.Parameter(name, kind, default=default, annotation=field.annotation))
+            default = Parameter.empty if field.is_required() else field.get_default()
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation))
         return inspect.Signature(parameters)
 
     def describe(self, published: Mapping[str, tuple[str, Any]] | None = None) -> str:
@@ -233,7 +222,7 @@ class Registry:
 
     def parts(self) -> list[Part]:
         """Every part once."""
-        return list({id(part): part for part in self._parts.values()}.values())
+        return list(dict.fromkeys(self._parts.values()))
 
 
 def _has_constructor(make: type) -> bool:
@@ -260,38 +249,40 @@ def _same(one: Any, other: Any) -> bool:
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
-REGISTRIES: dict[str, Registry] = {}
-"""By the name that ``--list`` takes."""
-
-
-def _registry(key: str, kind: str, setting: str, supplied: tuple[str, ...] = ()) -> Registry:
-    return REGISTRIES.setdefault(key, Registry(kind, setting, supplied))
-
-
-ENCODERS = _registry("encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length", "query_encoder"))
-INPUT_PREPROCESSORS = _registry("input_preprocessors", "input preprocessor", "train_fn.input_preprocessor")
-OUTPUT_POSTPROCESSORS = _registry(
-    "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm", ("embedding_dim",)
+ENCODERS = Registry("encoder", "train_fn.main_module", ("embedding_dim", "max_length", "query_encoder"))
+INPUT_PREPROCESSORS = Registry("input preprocessor", "train_fn.input_preprocessor")
+OUTPUT_POSTPROCESSORS = Registry("output postprocessor", "train_fn.user_embedding_norm", ("embedding_dim",))
+ITEM_EMBEDDINGS = Registry(
+    "item embedding", "train_fn.embedding_module_type", ("num_items", "embedding_dim", "read_features")
 )
-ITEM_EMBEDDINGS = _registry(
-    "item_embeddings",
-    "item embedding",
-    "train_fn.embedding_module_type",
-    ("num_items", "embedding_dim", "read_features"),
-)
-SIMILARITIES = _registry(
-    "similarities",
+SIMILARITIES = Registry(
     "similarity",
     "train_fn.interaction_module_type",
     ("query_embedding_dim", "item_embedding_dim", "mutual_information", "score_dtype"),
 )
-NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
-LOSSES = _registry("losses", "loss", "train_fn.loss_module")
-OBJECTIVES = _registry("objectives", "objective", "train_fn.objective", ("embedding_dim",))
-OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer", ("learning_rate", "weight_decay"))
-SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
-TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
-DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
+NEGATIVE_SAMPLERS = Registry("negative sampler", "train_fn.sampling_strategy")
+LOSSES = Registry("loss", "train_fn.loss_module")
+OBJECTIVES = Registry("objective", "train_fn.objective", ("embedding_dim",))
+OPTIMIZERS = Registry("optimizer", "train_fn.optimizer", ("learning_rate", "weight_decay"))
+SEEN_FILTERS = Registry("seen filter", "train_fn.seen_filter")
+TOP_K_MODULES = Registry("top-k module", "train_fn.top_k_method")
+DATA_SOURCES = Registry("data source", "--dataset", ("request",))
+
+REGISTRIES = {
+    "encoders": ENCODERS,
+    "input_preprocessors": INPUT_PREPROCESSORS,
+    "output_postprocessors": OUTPUT_POSTPROCESSORS,
+    "item_embeddings": ITEM_EMBEDDINGS,
+    "similarities": SIMILARITIES,
+    "negative_samplers": NEGATIVE_SAMPLERS,
+    "losses": LOSSES,
+    "objectives": OBJECTIVES,
+    "optimizers": OPTIMIZERS,
+    "seen_filters": SEEN_FILTERS,
+    "top_k_modules": TOP_K_MODULES,
+    "data_sources": DATA_SOURCES,
+}
+"""By the name that ``--list`` takes."""
 
 
 def named_top_k(method: str) -> tuple[Part, dict[str, int]]:

@@ -16,14 +16,13 @@ from generative_recommenders.config.fields import (
     Count,
     Length,
     NonNegative,
-    OptionOf,
     Period,
     Positive,
     PositiveInt,
     Section,
     Size,
-    SuppliedTo,
     Unless,
+    UsedBy,
     Width,
 )
 
@@ -103,7 +102,7 @@ class ItemSettings(Section):
     """Width of an item's embedding and of the encoder, D."""
     item_table: Literal["replicated", "sharded", "torchrec"] = "replicated"
     """Whether each process holds all rows of the item table, or a part of them, kept by this program or by TorchRec."""
-    category_feature: Annotated[str | None, SuppliedTo("item_embeddings", "item_category")] = None
+    category_feature: Annotated[str | None, UsedBy("item_embeddings", "item_category")] = None
     """Item feature that ``embedding_module_type = "categorical"`` groups items by."""
 
 
@@ -118,7 +117,7 @@ class LossSettings(Section):
     """The loss, over sampled negatives or the whole catalogue: a name of ``--list=losses``."""
     loss_weights: dict[str, NonNegative] = Field(default_factory=dict)
     """Weights of auxiliary losses by name, as ``{"mi_loss": 0.001}`` of mixtures of logits."""
-    loss_activation_checkpoint: Annotated[bool, SuppliedTo("negative_samplers")] = False
+    loss_activation_checkpoint: Annotated[bool, UsedBy("negative_samplers")] = False
     """Scores of sampled losses are computed again in the backward pass, which saves memory."""
 
 
@@ -127,17 +126,17 @@ class NegativesSettings(Section):
 
     gin_name: ClassVar[str] = "train_fn"
 
-    sampling_strategy: str = "in-batch"
+    sampling_strategy: Annotated[str, UsedBy("negative_samplers")] = "in-batch"
     """The negative sampler: a name of ``--list=negative_samplers``."""
-    num_negatives: Annotated[Size, SuppliedTo("negative_samplers", "num_negatives")] = 1
+    num_negatives: Annotated[Size, UsedBy("negative_samplers", "num_negatives")] = 1
     """Negatives drawn for each unit of sharing, R."""
-    negatives_sharing: Annotated[NegativesSharing, SuppliedTo("negative_samplers")] = "position"
+    negatives_sharing: Annotated[NegativesSharing, UsedBy("negative_samplers")] = "position"
     """Positions that share a draw of negatives: none, blocks of consecutive ones, or the whole batch."""
     negatives_block_size: Annotated[
-        Size, SuppliedTo("negative_samplers"), Unless("train_fn.negatives_sharing", ("position", "batch"))
+        Size, UsedBy("negative_samplers"), Unless("train_fn.negatives_sharing", ("position", "batch"))
     ] = 256
     """Positions of a block, for ``negatives_sharing = "block"``."""
-    class_feature: Annotated[str | None, SuppliedTo("negative_samplers", "assignment")] = None
+    class_feature: Annotated[str | None, UsedBy("negative_samplers", "assignment")] = None
     """Item feature whose values are the classes of the sampler "multi-class"."""
 
 
@@ -274,8 +273,8 @@ class SimilaritySettings(Section):
 
     gin_name: ClassVar[str] = "get_similarity_function"
 
-    bf16_training: Annotated[bool, OptionOf("similarities")] = False
+    bf16_training: Annotated[bool, UsedBy("similarities", "bf16_training")] = False
     """A mixture of logits multiplies in bfloat16, in evaluation too, as ``train_fn.main_module_bf16`` has it do; False
     leaves the similarity's own option."""
-    activation_checkpoint: Annotated[bool, OptionOf("similarities")] = False
+    activation_checkpoint: Annotated[bool, UsedBy("similarities", "activation_checkpoint")] = False
     """A mixture of logits computes its activations again in the backward pass; False leaves its own option."""

@@ -36,7 +36,7 @@ def test_all_acts_by_default() -> None:
             {"negatives_sharing": "block"},
             "train_fn.negatives_block_size has no effect",
         ),
-        ({"class_feature": "genre"}, {"sampling_strategy": "multi-class"}, "'in-batch' does not read it"),
+        ({"class_feature": "genre"}, {"sampling_strategy": "multi-class"}, "'in-batch' has no such option"),
         ({"mixed_shares": {"local": 1.0}}, {"sampling_strategy": "mixed"}, "'in-batch' has no such option"),
         (
             {"popularity_power": 0.5},
@@ -50,7 +50,7 @@ def test_all_acts_by_default() -> None:
         (
             {"category_feature": "genre"},
             {"embedding_module_type": "categorical"},
-            "train_fn.embedding_module_type = 'local' does not read it",
+            "train_fn.embedding_module_type = 'local' has no such option",
         ),
         ({"next_time": "hidden"}, {"main_module": "HSTU"}, "train_fn.main_module = 'SASRec' has no"),
         (
