@@ -205,10 +205,8 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with _open(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
@@ -233,12 +231,5 @@ def _parsing(path: Path) -> Iterator[None]:
     """Content that no program of ours wrote, though its checksum is right."""
     try:
         yield
-    except (
-        safetensors.SafetensorError,
-        pa.ArrowException,
-        OSError,
-        ValueError,
-        KeyError,
-        RecursionError,
-    ) as error:
+    except (safetensors.SafetensorError, pa.ArrowException, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"checkpoint {path.parent}: {path.name}: {first_line(error)}") from error

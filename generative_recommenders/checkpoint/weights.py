@@ -18,39 +18,38 @@ _COUNTS, _USER_BYTES, _USER_OFFSETS = "data.item_counts", "data.user_ids.bytes",
 
 def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """The checkpoint's weights; UserError where they do not fit the model or are not finite."""
-    _load(model, checkpoint, "model.")
+    _load(model, checkpoint, "model")
 
 
 def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept
     none."""
-    if criterion.state_dict() and not any(name.startswith("criterion.") for name in checkpoint.tensors):
+    if criterion.state_dict() and not tensors_of(checkpoint, "criterion"):
         logging.warning(
             "%s holds no weights of the loss (a discriminator's), as older releases wrote: they start anew",
             checkpoint.path,
         )
         return
-    _load(criterion, checkpoint, "criterion.")
+    _load(criterion, checkpoint, "criterion")
 
 
 def tensors_of(checkpoint: Checkpoint, part: str) -> dict[str, torch.Tensor]:
     """The tensors of a part of a run ("model", "criterion" or "optimizer") under its own names."""
     prefix = f"{part}."
-    return {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
 
 
-def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
-    own = module.state_dict()
-    state = tensors_of(checkpoint, prefix.removesuffix("."))
+def _load(module: torch.nn.Module, checkpoint: Checkpoint, part: str) -> None:
+    own, state = module.state_dict(), tensors_of(checkpoint, part)
     for name, value in state.items():
         # torch converts other dtypes without a word, and a NaN would show in the numbers alone.
         if name in own and value.dtype != own[name].dtype:
             raise UserError(
-                f"{checkpoint.path} does not fit the configuration: {prefix}{name} is {value.dtype}, "
+                f"{checkpoint.path} does not fit the configuration: {part}.{name} is {value.dtype}, "
                 f"not {own[name].dtype}"
             )
         if not all_finite(value):
-            raise UserError(f"{checkpoint.path}: {prefix}{name} holds numbers that are not finite")
+            raise UserError(f"{checkpoint.path}: {part}.{name} holds numbers that are not finite")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import json
 import logging as python_logging
 import math
@@ -24,16 +25,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 from absl import logging
 
+from generative_recommenders.checkpoint.files import write_bytes
+from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import add_log_file, no_link, remove_log_file, to_log_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_WRITTEN = (
-    "run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "report.html", "checkpoints", "tensorboard",
-    "report",
-)  # fmt: skip
+_FILES = ("run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "report.html")
+_FOLDERS = ("checkpoints", "tensorboard", "report")
 _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
 
 
@@ -76,15 +77,15 @@ class RunFolder:
             elif not resume and holds_run(folder):
                 raise UserError(f"{folder} holds a run already: resume it with --resume, or give another --run_dir")
             folder.mkdir(parents=True, exist_ok=True)
-            for file in _WRITTEN:
-                if (folder / file).is_symlink():
+            for place in (folder / name for name in (*_FILES, *_FOLDERS)):
+                if place.is_symlink():
                     raise UserError(
-                        f"{folder / file} is a symbolic link, and a run writes to no place elsewhere: "
+                        f"{place} is a symbolic link, and a run writes to no place elsewhere: "
                         "remove the link, or give another --run_dir"
                     )
-                fits = Path.is_dir if file in ("checkpoints", "tensorboard", "report") else Path.is_file
-                if (folder / file).exists() and not fits(folder / file):  # a pipe would keep the run waiting
-                    raise UserError(f"{folder / file} is in the way of a run: give another --run_dir")
+                fits = place.is_dir() if place.name in _FOLDERS else place.is_file()
+                if place.exists() and not fits:  # a pipe would keep the run waiting
+                    raise UserError(f"{place} is in the way of a run: give another --run_dir")
             return cls(folder, _lock(folder))
         except OSError as error:
             shown = path or Path(root) / name
@@ -149,17 +150,16 @@ class RunFolder:
         """
         self._metrics.close()
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
-        found = [(line, _kept_record(line, step, epoch)) for line in lines]
-        kept = [(line, record) for line, record in found if record is not None]
+        kept = [(line, record) for line in lines if (record := _kept_record(line, step, epoch)) is not None]
         # A run of release 0.1.0 is resumed under today's names of its metrics.
-        text = "".join(line.decode() for line, _ in kept).replace('"liked_', '"high_rated_')
+        text = b"".join(line for line, _ in kept).decode().replace('"liked_', '"high_rated_')
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
         # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it.
         # Where the clock was put back, or the next file could get the same second, all get small numbers in their
         # order.
-        found_files = ((_EVENTS.fullmatch(path.name), path) for path in sorted(self.tensorboard.glob("*")))
-        files = [(match, path) for match, path in found_files if match]
+        paths = sorted(self.tensorboard.glob("*"))
+        files = [(match, path) for path in paths if (match := _EVENTS.fullmatch(path.name))]
         if any(int(match["time"]) >= int(time.time()) for match, _ in files):
             with self._writable():
                 for number, (match, path) in enumerate(files, start=1):
@@ -207,15 +207,9 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> Path:
         """Replaces a file of the folder, whole or not at all."""
-        path, writing = self.path / name, self.path / f".{name}.writing"
-        with self._writable():
-            writing.unlink(missing_ok=True)
-            with open(writing, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(writing, path)  # a kill before this line leaves the old file as it was
-        return path
+        with new_file(self.path / name) as scratch:
+            write_bytes(scratch, text.encode())
+        return self.path / name
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -237,14 +231,12 @@ def _new_folder(root: Path, name: str) -> Path:
     """A folder named by the time, followed by a number where that one exists."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     root.mkdir(parents=True, exist_ok=True)
-    attempt = 1
-    while True:
+    for attempt in itertools.count(1):
         folder = root / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir()
-            return folder
-        except FileExistsError:
-            attempt += 1
+            break
+    return folder
 
 
 def _lock(folder: Path) -> IO[str]:
