@@ -15,7 +15,6 @@ import numpy as np
 from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -31,6 +30,7 @@ _STYLE: Any = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
     "axes.spines.right": False, "axes.titlesize": 9.5, "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True,
     "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6,
+    "figure.facecolor": "none", "axes.facecolor": "none",
     **dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color",
         "axes.titlecolor"), _INK
@@ -42,20 +42,21 @@ in_style = matplotlib.rc_context(_STYLE)
 """Decorates what draws: matplotlib takes its style from globals, some of it only when a picture is written."""
 
 
+@in_style
 def figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    made.patch.set_alpha(0)
-    return made
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def axes_of(made: Figure, rows: int = 1, columns: int = 1, **options: Any) -> list[Axes]:
-    """Axes without a background, row by row."""
-    grid = made.subplots(rows, columns, squeeze=False, **options)
-    for each in grid.flat:
-        each.patch.set_alpha(0)
-    return list(grid.flat)
+def axes_of(made: Figure, columns: int) -> list[Axes]:
+    """Axes beside each other."""
+    return list(made.subplots(1, columns, squeeze=False).flat)
+
+
+def one_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure, in inches, with axes that fill it."""
+    made = figure(width, height)
+    return made, made.subplots()
 
 
 def svg(made: Figure, description: str) -> Markup:
@@ -101,7 +102,7 @@ def draw_curves(made: Figure, history: Sequence[Row], part: str, best: int | Non
     drawn = [kept for group in drawn if (kept := [name for name in group if curves[name]])]
     if not drawn:
         return False
-    for axes, group in zip(axes_of(made, 1, len(drawn)), drawn):
+    for axes, group in zip(axes_of(made, len(drawn)), drawn):
         for name in group:
             axes.plot(*zip(*curves[name]), marker=".", markersize=4, label=name)
         whole_numbers(axes)
@@ -137,7 +138,7 @@ def plot_curves(
     made = figure(10, 4)
     if not draw_curves(made, history, part, best):
         return None
-    made.patch.set(alpha=1, facecolor="white")
+    made.set_facecolor("white")
     made.suptitle(name, fontsize=10, parse_math=False)
     with new_file(path) as scratch:
         made.savefig(scratch, format="png", dpi=120)
@@ -156,10 +157,9 @@ def steps(records: Sequence[Row]) -> Markup | None:
     if not found:
         return None
     made = figure(9.6, 2.3)
-    for number, (axes, (title, points)) in enumerate(zip(axes_of(made, 1, len(found)), found.items())):
+    for number, (axes, (title, points)) in enumerate(zip(axes_of(made, len(found)), found.items())):
         axes.plot(*zip(*points), color=COLOURS[number % 4], linewidth=1.1)
         axes.set(xlabel="step", title=title)
-        whole_numbers(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         if title in ("learning rate", "tokens per second"):
             axes.set_ylim(bottom=0)
@@ -169,16 +169,12 @@ def steps(records: Sequence[Row]) -> Markup | None:
 @in_style
 def hit_curve(ranks: Mapping[str, np.ndarray], num_items: int) -> Markup:
     """HR@K of methods over K, 1 to V. ranks: ``[n]`` by method."""
-    made = figure(5.4, 3.1)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(5.4, 3.1)
     cutoffs = np.unique(np.geomspace(1, max(num_items, 2), 80).astype(int))
     for method, own in ranks.items():
         sorted_ranks = np.sort(own[own <= num_items])
-        axes.plot(
-            cutoffs,
-            np.searchsorted(sorted_ranks, cutoffs, side="right") / len(own),
-            label=shortened(method, 30),
-        )
+        shares = np.searchsorted(sorted_ranks, cutoffs, side="right") / len(own)
+        axes.plot(cutoffs, shares, label=shortened(method, 30))
     axes.set(xscale="log", xlabel="K", ylabel="HR@K", ylim=(0, 1.02), xlim=(1, cutoffs[-1]))
     axes.axvline(10, color=_INK, linewidth=0.8, linestyle=":")
     add_legend(axes, **ABOVE, ncols=columns_for(ranks))
@@ -190,8 +186,7 @@ def groups(found: Sequence[Group], metric: str, xlabel: str) -> Markup:
     """Bars of groups side by side for each method, with intervals."""
     lying = len(found) > 6 or max(len(each.label) for each in found) > 14
     methods = list(found[0].values)
-    made = figure(5.4, max(2.9, 0.42 * len(found) + 0.9) if lying else 2.9)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(5.4, max(2.9, 0.42 * len(found) + 0.9) if lying else 2.9)
     width = 0.82 / len(methods)
     for number, method in enumerate(methods):
         own = [each.values[method] for each in found]
@@ -219,7 +214,7 @@ def groups(found: Sequence[Group], metric: str, xlabel: str) -> Markup:
 def data_curves(data: Mapping[str, Any]) -> Markup:
     """Lengths of histories, popularity of items and, where there are times, when events and targets happened."""
     made, times = figure(9.6, 2.7), data["timeline"]
-    lengths, popularity, *rest = axes_of(made, 1, 2 if times is None else 3)
+    lengths, popularity, *rest = axes_of(made, 2 if times is None else 3)
     draw_lengths(lengths, data["lengths"])
     draw_popularity(popularity, data["popularity"])
     for axes in rest:
@@ -275,8 +270,7 @@ def draw_heat_map(axes: Axes, weights: np.ndarray, inputs: Sequence[str], output
 def attention(one: AttentionMap) -> Markup:
     """The heat map of one head."""
     count = len(one.tokens)
-    made = figure(5.2, 4.6)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(5.2, 4.6)
     labels = [shortened(token, 20) for token in one.tokens]
     # what is not attended to at all keeps the colour of the page
     image = draw_heat_map(axes, np.where(one.weights == 0.0, np.nan, one.weights), labels, labels)
@@ -285,7 +279,7 @@ def attention(one: AttentionMap) -> Markup:
     axes.tick_params(axis="x", labelrotation=90)
     axes.set(title=one.title)
     bar = made.colorbar(image, ax=axes, shrink=0.6, aspect=30)
-    bar.ax.tick_params(labelsize=7, colors=_INK)
+    bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     return svg(made, f"Attention weights of {one.title} over {count} tokens")
 
@@ -293,8 +287,7 @@ def attention(one: AttentionMap) -> Markup:
 @in_style
 def item_map(found: ItemMap) -> Markup:
     """Items by their place, coloured by their first genre, or by popularity where none is known."""
-    made = figure(9.0, 5.6)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(9.0, 5.6)
     first = [each.genres[0] if each.genres else "" for each in found.items]
     names, counts = np.unique([name for name in first if name] or [""], return_counts=True)
     largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][: len(COLOURS)] if name]
@@ -314,15 +307,13 @@ def item_map(found: ItemMap) -> Markup:
             named.append(found.places[place])
             axes.annotate(
                 shortened(found.items[place].label, 26), (x[place], y[place]), xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7.5, parse_math=False,
+                textcoords="offset points", fontsize=7.5, parse_math=False,
             )  # fmt: skip
         add_legend(axes, markerscale=1.6)
     else:
         events = np.array([each.events or 0 for each in found.items])
         image = axes.scatter(x, y, s=9, c=np.log10(events + 1), cmap="viridis", alpha=0.8, linewidths=0)
         bar = made.colorbar(image, ax=axes, shrink=0.7, label="training events, log10")
-        bar.ax.tick_params(colors=_INK)
         bar.outline.set_visible(False)
     axes.set_axis_off()
     return svg(made, "Items by their embeddings, in two dimensions by PCA")
@@ -331,8 +322,7 @@ def item_map(found: ItemMap) -> Markup:
 @in_style
 def spent(parts: Mapping[str, float]) -> Markup:
     """One bar of the run's seconds by what they were spent on."""
-    made = figure(9.6, 1.25)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(9.6, 1.25)
     left = 0.0
     for number, (name, seconds) in enumerate(parts.items()):
         axes.barh([0], [seconds], left=left, color=COLOURS[number % len(COLOURS)], label=name)
@@ -351,8 +341,7 @@ def compared_curves(runs: Mapping[str, Sequence[Row]], metric: str) -> Markup | 
     found = {name: points for name, rows in runs.items() if (points := _points(rows, metric))}
     if not found:
         return None
-    made = figure(9.0, 3.1)
-    (axes,) = axes_of(made)
+    made, axes = one_axes(9.0, 3.1)
     for name, points in found.items():
         axes.plot(*zip(*points), marker=".", markersize=4, label=shortened(name, 48))
     axes.set(xlabel="epoch", ylabel=metric.upper())
