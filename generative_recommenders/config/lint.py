@@ -53,13 +53,11 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
     for name in NAMES:
         if settings.value(name) != default.value(name) and (why := _reason(settings, name)):
             idle.setdefault(why, []).append(name)
-    parts = parts_by_gin_name()
-    chosen = {part.gin_name for part in settings.chosen_parts()}
-    for owner in [owner for owner in settings.options if owner in parts and owner not in chosen]:
-        values = parts[owner].option_values(settings.options[owner])
-        names = [f"{owner}.{name}" for name in settings.options[owner] if values[name] != parts[owner].default(name)]
-        if names:
-            idle.setdefault("this run has no such part", []).extend(names)
+    others = {owner: part for owner, part in parts_by_gin_name().items() if part not in settings.chosen_parts()}
+    for owner in settings.options.keys() & others.keys():
+        for name, value in settings.options[owner].items():
+            if value != others[owner].default(name):
+                idle.setdefault("this run has no such part", []).append(f"{owner}.{name}")
     lines = [
         f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}" for why, names in idle.items()
     ]

@@ -28,7 +28,6 @@ from generative_recommenders.config.registry import (
     SIMILARITIES,
     TOP_K_MODULES,
     Part,
-    Registry,
     named_top_k,
     parts_by_gin_name,
 )
@@ -142,8 +141,8 @@ class RunSettings(Section):
     def encoder_name(self) -> str:
         """The encoder of the histories: ``main_module``, or its query tower's where it has one."""
         name = self.model.main_module
-        query = self._unchecked(ENCODERS, name, "query_module")
-        return name if query is None else str(query)
+        query = self._option(ENCODERS[name], "query_module") if name in ENCODERS else None
+        return name if query is None else str(query)  # of any type until `bind` has checked it
 
     @property
     def item_embedding(self) -> str:
@@ -160,10 +159,11 @@ class RunSettings(Section):
     @property
     def uses_times(self) -> bool:
         """Whether the encoder has a bias by time."""
-        name = self.encoder_name
-        needed = getattr(ENCODERS[name].make, "time_options", ()) if name in ENCODERS else ()
-        values = ENCODERS[name].option_values(self.part_options(ENCODERS[name])) if needed else {}
-        return bool(needed) and all(values[option] for option in needed)
+        if self.encoder_name not in ENCODERS:
+            return False
+        encoder = ENCODERS[self.encoder_name]
+        needed = getattr(encoder.make, "time_options", ())
+        return bool(needed) and all(self._option(encoder, option) for option in needed)
 
     @property
     def similarity_name(self) -> str:
@@ -184,14 +184,12 @@ class RunSettings(Section):
             return getattr(getattr(self, group), field)
         if gin_name in PUBLISHED:
             for part, target in self.readers(gin_name):
-                return part.option_values(self.part_options(part))[target.option]
+                return self._option(part, target.option)
             defaults = [_default(part, target) for part, target in _possible_readers(gin_name)]
             return self.published.get(gin_name, defaults[0] if defaults else None)
         owner, _, name = gin_name.partition(".")
         own = parts_by_gin_name().get(owner)
-        if own is not None and name in own.options.model_fields:
-            return own.option_values(self.part_options(own))[name]
-        return self.options.get(owner, {}).get(name)
+        return self.options.get(owner, {}).get(name) if own is None else self._option(own, name)
 
     def part_options(self, part: Part) -> dict[str, Any]:
         """The options of a part: its own, and those that published names fill where its own are not given."""
@@ -210,11 +208,12 @@ class RunSettings(Section):
         named, numbers = named_top_k(self.model.top_k_method)
         return numbers if named is part else {}
 
-    def _unchecked(self, registry: Registry, name: str, option: str) -> Any:
-        """The value of a part's option as it was given, or its default; None where there is no such part or option."""
-        if name not in registry or option not in registry[name].options.model_fields:
+    def _option(self, part: Part, option: str) -> Any:
+        """The value of a part's option; None where there is no such option, or it has neither value nor default."""
+        if option not in part.options.model_fields:
             return None
-        return self.part_options(registry[name]).get(option, registry[name].default(option))
+        value = self.part_options(part).get(option, part.default(option))
+        return None if value is ... else value
 
     def chosen_parts(self) -> list[Part]:
         """The registered parts of this run; no negative sampler where the loss draws no negatives."""
@@ -233,7 +232,8 @@ class RunSettings(Section):
             chosen.append((ENCODERS, self.model.main_module))
         if self.draws_negatives:
             sampler = self.negatives.sampling_strategy
-            members = self._unchecked(NEGATIVE_SAMPLERS, sampler, "shares")  # of a mixture
+            members = self._option(NEGATIVE_SAMPLERS[sampler], "shares") if sampler in NEGATIVE_SAMPLERS else None
+            # Of a mixture; not checked yet where `bind` asks.
             chosen += [(NEGATIVE_SAMPLERS, each) for each in (sampler, *(members if isinstance(members, dict) else ()))]
         with suppress(UserError):
             chosen.append((TOP_K_MODULES, named_top_k(self.model.top_k_method)[0].name))

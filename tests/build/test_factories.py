@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import generative_recommenders as package
-from generative_recommenders import build
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.hstu import HSTU
@@ -20,10 +19,10 @@ def test_parts_by_their_names() -> None:
     encoder = package.get_sequential_encoder("HSTU", 8, 12, dqk=4, dv=4, activation_checkpoint=True)
     assert isinstance(encoder, HSTU) and encoder.activation_checkpoint and encoder.max_length == 12
     assert isinstance(package.get_sequential_encoder("TwoTower", 8, 12, query_module="SASRec"), SASRec)
-    assert build.get_input_preprocessor("LearnablePositionalEmbedding", 12, 8).position.shape == (12, 8)
-    postprocessor = build.get_output_postprocessor("l2_norm", 2)
+    assert package.get_input_preprocessor("LearnablePositionalEmbedding", 12, 8).position.shape == (12, 8)
+    postprocessor = package.get_output_postprocessor("l2_norm", 2)
     torch.testing.assert_close(postprocessor(torch.tensor([[3.0, 4.0, 9.0]])), torch.tensor([[0.6, 0.8]]))
-    sampler = build.get_negatives_sampler("local", 5, 3)
+    sampler = package.get_negatives_sampler("local", 5, 3)
     assert sampler(7, 0, 4).ids.shape == (4, 3)
 
 
@@ -51,7 +50,7 @@ def test_the_mixture_has_documented_options_and_switches() -> None:
 )
 def test_what_cannot_be_reports_one_line_error(name: str, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build.get_sequential_encoder(name, 8, 12, **options)
+        package.get_sequential_encoder(name, 8, 12, **options)
 
 
 def test_a_run_is_built_through_them() -> None:
@@ -62,6 +61,6 @@ def test_a_run_is_built_through_them() -> None:
         "get_similarity_function.activation_checkpoint = True", "create_mol_interaction_module.eps = 1e-5",
         "create_mol_interaction_module.dot_product_dimension = 4",
     ])  # fmt: skip
-    model = build.build_model(chosen, catalogue())
+    model = package.build_model(chosen, catalogue())
     assert model.sequence.encoder.activation_checkpoint
     assert model.similarity.activation_checkpoint and model.similarity.eps == 1e-5

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
+from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config import lint as notices
-from generative_recommenders.config.gin import load_settings
+from generative_recommenders.config.gin import differences, load_settings
 from generative_recommenders.config.lint import likely_slips, settings_without_effect
 from generative_recommenders.config.schema import RunSettings
 from tiny_models import OWNERS
 
+register_built_in_parts()
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -102,6 +103,14 @@ def test_avx_512_alone_has_no_bfloat16_units(unit: str, has_it: bool, monkeypatc
     text = f"flags\t\t: avx2 avx512f avx512dq avx512bw avx512vl {unit}\n"
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert notices.has_bfloat16() == has_it
+
+
+def test_a_part_that_is_not_chosen_may_lack_options_that_it_needs() -> None:
+    """``MoLCombTopK.avg_top_k`` has no default."""
+    idle = RunSettings().bind({"MoLCombTopK.k_per_group": 2})
+    assert settings_without_effect(idle) == ["MoLCombTopK.k_per_group has no effect: this run has no such part"]
+    assert differences(RunSettings(), idle) == [("MoLCombTopK.k_per_group", None, 2)]
+    assert idle.value("MoLCombTopK.avg_top_k") is None
 
 
 def test_an_approximate_top_k_is_reported_to_have_no_effect() -> None:
