@@ -20,9 +20,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from generative_recommenders.commands.lists import register_built_in_parts  # noqa: E402
-from generative_recommenders.config.elsewhere import ELSEWHERE  # noqa: E402
 from generative_recommenders.config.fields import range_of, type_name  # noqa: E402
-from generative_recommenders.config.published import PUBLISHED, targets_in  # noqa: E402
+from generative_recommenders.config.published import ELSEWHERE, PUBLISHED, targets_in  # noqa: E402
 from generative_recommenders.config.registry import REGISTRIES, Part, Registry  # noqa: E402
 from generative_recommenders.config.schema import FIELDS, GROUPS, RunSettings  # noqa: E402
 

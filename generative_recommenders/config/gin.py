@@ -18,9 +18,8 @@ from typing import Any
 
 from gin import config_parser
 
-from generative_recommenders.config.elsewhere import ELSEWHERE
 from generative_recommenders.config.fields import nearest
-from generative_recommenders.config.published import PUBLISHED
+from generative_recommenders.config.published import ELSEWHERE, PUBLISHED
 from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError

@@ -15,8 +15,7 @@ import pytest
 from docs.pages import PAGES, ROOT, blocks, execute
 from generative_recommenders.build.parts import build_task
 from generative_recommenders.commands.lists import register_built_in_parts
-from generative_recommenders.config.elsewhere import ELSEWHERE
-from generative_recommenders.config.published import PUBLISHED
+from generative_recommenders.config.published import ELSEWHERE, PUBLISHED
 from generative_recommenders.config.registry import ENCODERS, LOSSES, OBJECTIVES, REGISTRIES, Registry
 from generative_recommenders.config.schema import NAMES
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
