@@ -1,7 +1,8 @@
 """Factories of a model's parts by name, under the names that gin configurations bind.
 
 Each takes the part's name, what the program supplies, and the part's options, checked as gin checks them;
-`main.py --list=encoders` and its sisters print them. `build_model` makes its parts by the same functions.
+`main.py --list=encoders` and its sisters print them. UserError for unknown names and for options that cannot be.
+`build_model` makes its parts by the same functions.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ def get_sequential_encoder(
     embedding_dim: D. max_length: tokens of the longest history. activation_checkpoint: blocks are computed again in the
     backward pass. query_encoder: gives the query tower of "TwoTower" by its name; one with default options unless
     given.
-    UserError: unknown names, options that cannot be.
     """
     part = ENCODERS[module_type]
 
@@ -57,10 +57,9 @@ def get_sequential_encoder(
         name = own["query_module"]
         if name == module_type:
             raise UserError(f"item_tower.query_module {name!r} has a query tower itself: choose one that has none")
-        make = query_encoder or (
-            lambda each: get_sequential_encoder(each, embedding_dim, max_length, activation_checkpoint)
-        )
-        return make(name)
+        if query_encoder is not None:
+            return query_encoder(name)
+        return get_sequential_encoder(name, embedding_dim, max_length, activation_checkpoint)
 
     if activation_checkpoint and "activation_checkpoint" in part.options.model_fields:
         options["activation_checkpoint"] = True
@@ -82,7 +81,6 @@ def get_similarity_function(
 
     bf16_training, activation_checkpoint, mutual_information: see `MoLSimilarity`; other similarities do without.
     score_dtype: see `DotProductSimilarity`.
-    UserError: unknown names, options that cannot be.
     """
     part = SIMILARITIES[module_type or "DotProduct"]
     switches = {"bf16_training": bf16_training, "activation_checkpoint": activation_checkpoint}
@@ -99,38 +97,24 @@ def get_similarity_function(
 def create_mol_interaction_module(
     query_embedding_dim: int, item_embedding_dim: int, mutual_information: bool = True, **options: Any
 ) -> MoLSimilarity:
-    """The mixture of logits; its options are the keyword arguments of `MoLSimilarity`.
-
-    UserError: options that cannot be.
-    """
-    supplies = {
-        "query_embedding_dim": query_embedding_dim,
-        "item_embedding_dim": item_embedding_dim,
-        "mutual_information": mutual_information,
-    }
-    return cast(MoLSimilarity, SIMILARITIES["MoL"].build(options, supplies))
+    """The mixture of logits; its options are the keyword arguments of `MoLSimilarity`."""
+    made = get_similarity_function(
+        "MoL", query_embedding_dim, item_embedding_dim, mutual_information=mutual_information, **options
+    )
+    return cast(MoLSimilarity, made)
 
 
 create_mol_interaction_module.__signature__ = SIMILARITIES["MoL"].signature  # type: ignore[attr-defined]
 
 
 def get_input_preprocessor(module_type: str, max_length: int, embedding_dim: int, **options: Any) -> InputPreprocessor:
-    """The input preprocessor of a name. max_length: events of the longest history. embedding_dim: of the items.
-
-    UserError: unknown names, options that cannot be.
-    """
-    widths = {"embedding_dim": embedding_dim, "item_embedding_dim": embedding_dim}
-    return cast(
-        InputPreprocessor,
-        INPUT_PREPROCESSORS[module_type].build(options, {"max_length": max_length, **widths}),
-    )
+    """The input preprocessor of a name. max_length: events of the longest history. embedding_dim: of the items."""
+    supplies = {"max_length": max_length, "embedding_dim": embedding_dim, "item_embedding_dim": embedding_dim}
+    return cast(InputPreprocessor, INPUT_PREPROCESSORS[module_type].build(options, supplies))
 
 
 def get_output_postprocessor(module_type: str, embedding_dim: int, **options: Any) -> torch.nn.Module:
-    """The output postprocessor of a name ("l2_norm", "layer_norm"). embedding_dim: columns that are kept of a state.
-
-    UserError: unknown names, options that cannot be.
-    """
+    """The output postprocessor of a name ("l2_norm", "layer_norm"). embedding_dim: columns that are kept of a state."""
     return cast(torch.nn.Module, OUTPUT_POSTPROCESSORS[module_type].build(options, {"embedding_dim": embedding_dim}))
 
 
@@ -148,7 +132,7 @@ def get_negatives_sampler(
 
     num_negatives: drawn for each unit of sharing, a position by default. counts: ``[V]`` training events of each item.
     samplers, assignment: called with the options by a mixture and a sampler by class, see `MixedNegativesSampler`
-    and `MultiClassNegativesSampler`. UserError: unknown names, options that cannot be, something missing that it needs.
+    and `MultiClassNegativesSampler`.
     """
     supplies = {
         "num_items": num_items,
