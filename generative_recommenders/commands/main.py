@@ -152,17 +152,15 @@ def run(arguments: list[str]) -> int:
         verbosity=logging.get_verbosity(),
         **of_same_name,
     )
-    output = None if given.output is None else Path(given.output)
     if given.mode == "predict":
         from generative_recommenders.commands.predict import predict
 
-        output = output or Path("recommendations.parquet")
         asked = given.users, given.history, given.top_k, given.exclude_seen, given.candidates
-        return predict(options, *asked, output)
+        return predict(options, *asked, Path(given.output or "recommendations.parquet"))
     if given.mode == "export":
         from generative_recommenders.commands.export import export
 
-        return export(options, given.format, output, given.index)
+        return export(options, given.format, Path(given.output) if given.output else None, given.index)
     worker: Worker
     if given.mode == "evaluate":
         from generative_recommenders.commands.evaluate import evaluate_worker as worker

@@ -153,7 +153,9 @@ def check_same_everywhere(
 ) -> None:
     """UserError on every process where one has other data, settings or flags than the main one."""
     manifest = dataset.manifest
-    hashes = [split.hash, manifest.features_hash, manifest.columns_hash]
+    hashes = {
+        "split hash": split.hash, "features hash": manifest.features_hash, "columns hash": manifest.columns_hash,
+    }  # fmt: skip
     own = {"settings": settings.to_json(), "hashes": hashes, "max_steps": options.max_steps}
     main = collectives.broadcast_object_json(own)
     mine = f"rank {collectives.rank} of {collectives.world_size}"
@@ -163,12 +165,11 @@ def check_same_everywhere(
             raise UserError(f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration")
         if main["max_steps"] != options.max_steps:
             raise UserError(f"{mine} has --max_steps={options.max_steps}, rank 0 has {main['max_steps']}")
-        names = "split hash", "features hash", "columns hash"
-        for name, here, there in zip(names, hashes, main["hashes"]):
-            if here != there:
+        for name, here in hashes.items():
+            if here != main["hashes"][name]:
                 raise UserError(
-                    f"{mine} has other prepared data than rank 0 ({name} {here}, there {there}): give every host the "
-                    "same"
+                    f"{mine} has other prepared data than rank 0 ({name} {here}, there {main['hashes'][name]}): give "
+                    "every host the same"
                 )
 
     raise_on_all_ranks(collectives, compare)

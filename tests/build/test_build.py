@@ -262,13 +262,6 @@ def test_features_without_a_data_set() -> None:
             build_model(settings(**choices), catalogue())
 
 
-def test_settings_survive_json() -> None:
-    import json
-
-    chosen = settings(**TOWER, **{"item_tower.features": ("item_id", "genre"), "sce.mix_x": True})
-    assert RunSettings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
-
-
 class OneOfTwo(Collectives):
     world_size = 2
 

@@ -66,8 +66,6 @@ def test_a_file_of_another_kind_is_refused(place: list[str]) -> None:
     nowhere = run_program("main.py", "--mode=evaluate", f"--users_metrics={__file__}/ranks.csv", *place)
     assert nowhere.returncode == 2 and f"{__file__} is not a folder" in nowhere.stderr
     assert not nowhere.stdout, "told before the run is scored"
-    idle = run_program("main.py", "--compare=elsewhere")
-    assert idle.returncode == 2 and "--compare cannot go with --mode=train" in idle.stderr
 
 
 def test_a_checkpoint_that_is_removed_while_the_data_are_read_is_scored(

@@ -144,9 +144,3 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="onnx is not installed; the extra 'export' has it"):
         write(of_run(tmp_path), "onnx", None, "exact")
-
-
-def test_flags_without_effect_report_one_line_error(run: Path) -> None:
-    done = export(run, "torch", "--resume")
-    assert done.returncode == 2
-    assert "--resume cannot go with --mode=export" in done.stderr.splitlines()[-1]

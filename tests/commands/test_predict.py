@@ -166,7 +166,6 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp
         ("recs.csv", (f"--users={RELEASE / 'ratings.csv'}",), "cannot be read: "),
         ("recs.csv", (f"--users={__file__}",), "names no user of"),
         ("recs.csv", (f"--candidates={__file__}",), "names no item that the model knows"),
-        ("recs.csv", ("--resume",), "--resume cannot go with --mode=predict"),
     ],
 )
 def test_faults_report_one_line_errors_and_nothing_is_written(

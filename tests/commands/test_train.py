@@ -34,19 +34,6 @@ def test_an_import_refuses_several_processes() -> None:
         import_worker(0, 2, options)
 
 
-@pytest.mark.parametrize(
-    ("given", "idle"),
-    [
-        (["--mode=predict", "--run_dir=r", "--master_port=5"], "--master_port"),
-        (["--mode=export", "--run_dir=r", "--master_port=5"], "--master_port"),
-        (["--dry_run", "--profile", "--max_steps=3"], "--max_steps, --profile"),
-    ],
-)
-def test_flags_that_cannot_act_are_refused(given: list[str], idle: str) -> None:
-    done = run_program("main.py", *given)
-    assert done.returncode == 2 and f"error: {idle} cannot go with {given[0]}: " in done.stderr
-
-
 def test_one_binding_file_or_plugin_may_be_given_as_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Options] = []
     monkeypatch.setattr(train, "launch", lambda worker, args, count: started.extend(args))

@@ -173,41 +173,32 @@ def test_unknown_names_give_the_nearest(write, binding: str, expected: list[str]
 
 
 @pytest.mark.parametrize(
-    ("binding", "expected"),
-    [
-        ("train_fn.num_epochs = 'ten'", "train_fn.num_epochs"),
-        ("train_fn.num_epochs = 1.5", "train_fn.num_epochs"),
-        ("train_fn.num_epochs = True", "train_fn.num_epochs"),
-        ("train_fn.learning_rate = 'fast'", "train_fn.learning_rate"),
-        ("train_fn.item_l2_norm = 1", "train_fn.item_l2_norm"),
-        ("train_fn.main_module = 3", "train_fn.main_module"),
-        ("train_fn.loss_weights = 0.1", "train_fn.loss_weights"),
-        ("train_fn.local_batch_size = None", "train_fn.local_batch_size"),
-        ("hstu_encoder.concat_ua = 'no'", "hstu_encoder.concat_ua"),
-        ("create_data_loader.num_workers = [1]", "create_data_loader.num_workers"),
-    ],
-)
-def test_wrong_types(binding: str, expected: str) -> None:
-    assert expected in message([], [binding])
-
-
-@pytest.mark.parametrize(
     "binding",
     [
+        "train_fn.num_epochs = 'ten'",
+        "train_fn.num_epochs = 1.5",
+        "train_fn.num_epochs = True",
+        "train_fn.num_epochs = -1",
+        "train_fn.learning_rate = 'fast'",
+        "train_fn.learning_rate = 0.0",
+        "train_fn.item_l2_norm = 1",
+        "train_fn.main_module = 3",
+        "train_fn.loss_weights = 0.1",
+        "train_fn.local_batch_size = None",
+        "train_fn.local_batch_size = 0",
         "train_fn.positional_sampling_ratio = 0.0",
         "train_fn.positional_sampling_ratio = 1.5",
         "train_fn.dropout_rate = 1.0",
         "train_fn.dropout_rate = -0.5",
-        "train_fn.local_batch_size = 0",
-        "train_fn.num_epochs = -1",
-        "train_fn.learning_rate = 0.0",
         "train_fn.temperature = 0.0",
         "train_fn.protocol = 'leave_two_out'",
         "train_fn.next_time = 'maybe'",
+        "hstu_encoder.concat_ua = 'no'",
+        "create_data_loader.num_workers = [1]",
     ],
 )
-def test_bad_values_name_the_setting(binding: str) -> None:
-    assert binding.split(" ", maxsplit=1)[0].split(".")[1] in message([], [binding])
+def test_values_that_cannot_be_name_the_setting(binding: str) -> None:
+    assert binding.partition(" ")[0] in message([], [binding])
 
 
 @pytest.mark.parametrize(
@@ -367,10 +358,6 @@ def test_json_that_is_no_object(data: object) -> None:
         RunSettings.from_json(data)
 
 
-def test_sizes_bound_by_gin_are_checked_too(write) -> None:
-    assert "hstu_encoder.dqk must be 1 or more" in message([write("hstu_encoder.dqk = -4")], [])
-
-
 @pytest.mark.parametrize(
     ("bindings", "words"),
     [
@@ -407,11 +394,15 @@ def test_values_that_grow_without_measure_are_refused() -> None:
     assert load_settings([], [joined])[0].data.protocol == "leave_one_out"
 
 
-@pytest.mark.parametrize("name", ["sasrec_encoder.num_blocks", "hstu_encoder.num_heads"])
-def test_more_parts_than_anybody_means_are_refused(name: str) -> None:
-    assert f"{name} must be at most 1000, got 20000" in message([], [f"{name} = 20000"])
-
-
-def test_limits_are_shown_with_all_their_digits() -> None:
-    assert "must be at most 1048576, got 1048577" in message([], ["train_fn.max_sequence_length = 1048577"])
-    assert "must be below 1, got 1.0" in message([], ["train_fn.dropout_rate = 1.0"])
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("hstu_encoder.dqk = -4", "hstu_encoder.dqk must be 1 or more, got -4"),
+        ("sasrec_encoder.num_blocks = 20000", "sasrec_encoder.num_blocks must be at most 1000, got 20000"),
+        ("hstu_encoder.num_heads = 20000", "hstu_encoder.num_heads must be at most 1000, got 20000"),
+        ("train_fn.max_sequence_length = 1048577", "must be at most 1048576, got 1048577"),
+        ("train_fn.dropout_rate = 1.0", "must be below 1, got 1.0"),
+    ],
+)
+def test_limits_are_shown_with_all_their_digits(binding: str, words: str) -> None:
+    assert words in message([], [binding])
