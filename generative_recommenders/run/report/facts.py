@@ -35,17 +35,9 @@ from generative_recommenders.evaluation.ranks import Ranks
 FOLDER = "report"
 MOST_USERS, MOST_ITEMS, EXAMPLES = 200_000, 200_000, 5
 TITLES = ["title", "name", "item_name", "product_title", "movie_title", "item_title"]
-GENRES = [
-    "genres",
-    "genre",
-    "categories",
-    "category",
-    "main_category",
-    "class",
-    "department",
-    "shelves",
-    "shelf",
-]
+GENRES = ["genres", "genre", "categories", "category", "main_category", "class", "department", "shelves", "shelf"]
+KEPT = ("name", "counts_before", "counts", "filter", "choices", "data_hash")
+"""Fields of a manifest."""
 RANK = "rank: "
 """Before the name of a method: the column of its ranks."""
 
@@ -88,29 +80,25 @@ def write_facts(
     user_ids = dataset.original_user_ids().take(pa.array(users - 1)).cast(pa.large_string())
     table = pl.DataFrame(
         {
-            "user_id": pl.Series(pl.from_arrow(user_ids)),
-            "item_id": pl.Series(pl.from_arrow(item_ids.take(pa.array(targets - 1)))),
+            "user_id": pl.Series(user_ids),
+            "item_id": pl.Series(item_ids.take(pa.array(targets - 1))),
             "history_length": split.test_targets[users - 1].astype(np.int32),
             "item_events": counts[targets - 1],
             **{RANK + method: columns[2].numpy()[kept].astype(np.int32) for method, columns in ranks.items()},
         }
     )
     drawn = rng.choice(len(users), min(len(users), EXAMPLES), replace=False)
-    examples, example_users = _examples(dataset, split, users[drawn] - 1, table[drawn])
-    shown = np.concatenate([targets, *(dataset.items[slice(*_history(dataset, split, u))] for u in users[drawn] - 1)])
+    histories = [_history(dataset, split, user) for user in users[drawn] - 1]
+    examples, example_users = _examples(dataset, histories, table[drawn])
+    shown = np.concatenate([targets, *(dataset.items[events] for events in histories)])
     items = _items(dataset, counts, item_ids, np.unique(shown))
     manifest = dataset.manifest
     facts = {
         "version": 1,
         "checkpoint": checkpoint,
         "data": {
-            "name": manifest.name,
-            "counts_before": manifest.counts_before,
-            "counts": manifest.counts,
-            "filter": manifest.filter,
-            "choices": manifest.choices,
+            **{name: getattr(manifest, name) for name in KEPT},
             "statistics": statistics_lines(manifest),
-            "data_hash": manifest.data_hash,
             "split": {"protocol": split.protocol, "hash": split.hash, "counts": split.counts},
             "lengths": length_curve(dataset),
             "popularity": popularity_curve(dataset),
@@ -119,8 +107,7 @@ def write_facts(
         "users_tested": len(tested),
         "examples": example_users,
     }
-    tables = {"users": table, "items": items, "examples": examples}
-    for name, frame in tables.items():
+    for name, frame in (("users", table), ("items", items), ("examples", examples)):
         with new_file(folder / f"{name}.parquet") as scratch:
             frame.write_parquet(scratch)
     with new_file(folder / "facts.json") as scratch:
@@ -149,20 +136,19 @@ def read_facts(run: Path, catalogue: Catalogue, checkpoint: str) -> Facts | None
         ) from error
 
 
-def _history(dataset: SequenceDataset, split: Split, user: int) -> tuple[int, int]:
-    """The events before a user's test target, as places in the flat columns."""
+def _history(dataset: SequenceDataset, split: Split, user: int) -> slice:
+    """The events before a test target in the flat columns. user: from 0."""
     first = int(dataset.offsets[user])
-    return first, first + int(split.test_targets[user])
+    return slice(first, first + int(split.test_targets[user]))
 
 
 def _examples(
-    dataset: SequenceDataset, split: Split, users: np.ndarray, targets: pl.DataFrame
+    dataset: SequenceDataset, histories: list[slice], targets: pl.DataFrame
 ) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
-    """Histories of some users (from 0) with all columns, and who they are."""
+    """Histories of some users with all columns, and who they are."""
     texts = dataset.texts()
     frames, described = [], []
-    for user, row in zip(users, targets.iter_rows(named=True)):
-        events = slice(*_history(dataset, split, user))
+    for events, row in zip(histories, targets.iter_rows(named=True)):
         frame = pl.DataFrame(pl.from_arrow(event_table(dataset, texts, events)))
         frames.append(frame.rename({"user": "user_id", "item": "item_id"}))
         time = None if dataset.timestamps is None else int(dataset.timestamps[events.stop])
@@ -179,19 +165,15 @@ def _items(dataset: SequenceDataset, counts: np.ndarray, item_ids: pa.Array, sho
     table, specs = dataset.item_features(), dataset.feature_specs("item")
     titles = [spec for spec in specs if spec.kind in ("text", "categorical")]
     title, genre = _named(titles, TITLES, "text"), _named(specs, GENRES, "categorical_list")
-    columns = {
-        "item_id": pl.Series(pl.from_arrow(item_ids.take(taken))),
-        "title": pl.Series([None] * len(rows), dtype=pl.String),
-        "genres": pl.Series([[]] * len(rows), dtype=pl.List(pl.String)),
-        "events": pl.Series(counts[rows]),
-    }
+    shown_title, shown_genres = pl.lit(None, pl.String), pl.lit([], pl.List(pl.String))
+    columns = {"item_id": pl.Series(item_ids.take(taken)), "events": pl.Series(counts[rows])}
     if table is not None and title is not None:
-        columns["title"] = pl.Series(pl.from_arrow(table[title].take(taken))).cast(pl.String)
+        columns["title"], shown_title = pl.Series(table[title].take(taken)), pl.col("title").cast(pl.String)
     if table is not None and genre is not None:
-        values = pl.DataFrame({"genres": pl.Series(pl.from_arrow(table[genre].take(taken)))})
-        lists = pl.concat_list("genres").cast(pl.List(pl.String))  # of one where each item has one value
-        columns["genres"] = values.select(lists.list.drop_nulls())["genres"]
-    return pl.DataFrame(columns)
+        columns["genres"] = pl.Series(table[genre].take(taken))
+        # of one where each item has one value
+        shown_genres = pl.concat_list("genres").cast(pl.List(pl.String)).list.drop_nulls()
+    return pl.DataFrame(columns).select("item_id", shown_title.alias("title"), shown_genres.alias("genres"), "events")
 
 
 def _named(specs: list[FeatureSpec], names: list[str], kind: str) -> str | None:
