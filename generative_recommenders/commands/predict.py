@@ -76,7 +76,11 @@ def predict(
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
         for start in tqdm(range(0, len(asked), MAX_USERS), desc="users", unit="batch", disable=None):
             some = asked[start : start + MAX_USERS]
-            batch = _batch(dataset, stops, some, recommender.reader.max_length, history)
+            # Histories as the evaluation cuts them; a request has the time of the test target, else of the last event.
+            if history == "test":
+                batch = EvaluationLoader(dataset, stops, recommender.reader.max_length, len(some)).batch(some)
+            else:
+                batch = query_histories(dataset, some, stops[some], recommender.reader.max_length)
             if recommender.known_users is not None:
                 # numbered as in training, where there may have been others
                 own = recommender.reader.internal_users(names.take(pa.array(some)).to_pylist())
@@ -138,16 +142,6 @@ def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) ->
                 numbers = pc.fill_null(pc.index_in(now, value_set=known), -1).to_numpy() + 1
                 extra[column.name] = np.concatenate([[0], numbers])[dataset.extra[column.name]]
     return replace(dataset, manifest=replace(dataset.manifest, event_columns=described), extra=extra)
-
-
-def _batch(
-    dataset: SequenceDataset, stops: np.ndarray, users: np.ndarray, width: int, history: str
-) -> dict[str, torch.Tensor]:
-    """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last
-    event."""
-    if history == "test":
-        return EvaluationLoader(dataset, stops, width, len(users)).batch(users)
-    return query_histories(dataset, users, stops[users], width)
 
 
 def _users(dataset: SequenceDataset, wanted: str, stops: np.ndarray) -> np.ndarray:

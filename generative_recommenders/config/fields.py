@@ -75,7 +75,6 @@ class StrictModel(BaseModel):
         strict=True,
         extra="forbid",
         frozen=True,
-        allow_inf_nan=False,
         protected_namespaces=(),  # an option may be called model_...
     )
 
@@ -225,15 +224,6 @@ def type_name(annotation: Any) -> str:
     if annotation in (None, type(None), Ellipsis):
         return "..." if annotation is Ellipsis else "None"
     return getattr(annotation, "__name__", str(annotation))
-
-
-def describe_field(name: str, field: FieldInfo, default: Any = None) -> str:
-    """``num_blocks: int = 2 (>= 1, <= 1000)``. default: another one than the field's own."""
-    text = f"{name}: {type_name(field.annotation)}"
-    if default is not None or not field.is_required():
-        text += f" = {field.get_default(call_default_factory=True) if default is None else default!r}"
-    limits = range_of(field)
-    return f"{text} ({limits})" if limits else text
 
 
 def range_of(field: FieldInfo) -> str:

@@ -54,9 +54,9 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
         if settings.value(name) != default.value(name) and (why := _reason(settings, name)):
             idle.setdefault(why, []).append(name)
     others = {owner: part for owner, part in parts_by_gin_name().items() if part not in settings.chosen_parts()}
-    for owner in settings.options.keys() & others.keys():
-        for name, value in settings.options[owner].items():
-            if value != others[owner].default(name):
+    for owner, given in settings.options.items():
+        for name, value in given.items():
+            if owner in others and value != others[owner].default(name):
                 idle.setdefault("this run has no such part", []).append(f"{owner}.{name}")
     lines = [
         f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}" for why, names in idle.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from generative_recommenders.config.fields import range_of, type_name
 from generative_recommenders.config.registry import (
     ENCODERS,
     INPUT_PREPROCESSORS,
@@ -37,6 +38,10 @@ class Target:
     only: str | None = None
     default: Any = None
     required: bool = False
+
+    def default_of(self, part: Part) -> Any:
+        """The default of a run with the part."""
+        return part.default(self.option) if self.default is None else self.default
 
 
 PUBLISHED: dict[str, tuple[Target, ...]] = {
@@ -113,8 +118,18 @@ def targets_in(part: Part) -> dict[str, Target]:
 
 
 def describe(registry: Registry) -> list[str]:
-    """A line a part, for ``--list``: its options with the published names that fill them, and the defaults of a run."""
-    return [
-        part.describe({t.option: (name, t.default) for name, t in targets_in(part).items()})
-        for part in registry.parts()
-    ]
+    """A line a part, for ``--list``: its options with types, the defaults of a run, ranges, and the published names
+    that fill them."""
+    lines = []
+    for part in registry.parts():
+        filled = {target.option: (name, target) for name, target in targets_in(part).items()}
+        options = []
+        for option, field in part.options.model_fields.items():
+            name, target = filled.get(option, ("", None))
+            default = part.default(option) if target is None else target.default_of(part)
+            text = f"{option}: {type_name(field.annotation)}" + ("" if default is ... else f" = {default!r}")
+            limits = range_of(field)
+            options.append(text + (f" ({limits})" if limits else "") + (f", by {name}" if name else ""))
+        origin = f" [{part.plugin.source}]" if part.plugin else ""
+        lines.append(f"{part.name} ({part.gin_name}){origin}: {'; '.join(options) or 'no options'}")
+    return lines

@@ -22,7 +22,6 @@ from generative_recommenders.config.fields import (
     OptionGroup,
     StrictModel,
     checked_value,
-    describe_field,
     nearest,
     validated,
 )
@@ -153,20 +152,6 @@ class Part:
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=field.annotation))
         return inspect.Signature(parameters)
 
-    def describe(self, published: Mapping[str, tuple[str, Any]] | None = None) -> str:
-        """One line: name, gin name, and options with types, defaults and ranges.
-
-        published: of some options, a further name, and the default that a run has; None where it is the part's own.
-        """
-        shown = []
-        for option, field in self.options.model_fields.items():
-            name, default = (published or {}).get(option, ("", None))
-            text = describe_field(option, field, default)
-            shown.append(f"{text}, by {name}" if name else text)
-        options = "; ".join(shown)
-        origin = f" [{self.plugin.source}]" if self.plugin else ""
-        return f"{self.name} ({self.gin_name}){origin}: {options or 'no options'}"
-
 
 class Registry:
     """The parts of one kind, by name. kind: as in "unknown KIND"; setting: the gin name that chooses one.
@@ -193,13 +178,12 @@ class Registry:
                         f"{self.kind} {own!r} is registered already, by {taken.__module__}.{taken.__qualname__}: "
                         "choose another name"
                     )
-            for registry in REGISTRIES.values():
-                for other in registry.parts():
-                    if other.gin_name == part.gin_name and not _same(other.make, make):
-                        raise UserError(
-                            f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {registry.kind} "
-                            f"{other.name!r}"
-                        )
+            other = parts_by_gin_name().get(part.gin_name)
+            if other is not None and not _same(other.make, make):
+                raise UserError(
+                    f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {other.registry.kind} "
+                    f"{other.name!r}"
+                )
             if isinstance(make, type) and _has_constructor(make):
                 _check_in_constructor(make, part)
             self._parts.update(dict.fromkeys((name, *aliases), part))

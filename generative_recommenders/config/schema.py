@@ -133,7 +133,7 @@ class RunSettings(Section):
             kept[name] = given[name]
             for part, target in readers:
                 kept[name] = part.checked(target.option, given[name], called=name)
-            if readers and all(kept[name] == _default(part, target) for part, target in readers):
+            if readers and all(kept[name] == target.default_of(part) for part, target in readers):
                 del kept[name]
         return kept
 
@@ -185,7 +185,7 @@ class RunSettings(Section):
         if gin_name in PUBLISHED:
             for part, target in self.readers(gin_name):
                 return self._option(part, target.option)
-            defaults = [_default(part, target) for part, target in _possible_readers(gin_name)]
+            defaults = [target.default_of(part) for part, target in _possible_readers(gin_name)]
             return self.published.get(gin_name, defaults[0] if defaults else None)
         owner, _, name = gin_name.partition(".")
         own = parts_by_gin_name().get(owner)
@@ -303,10 +303,6 @@ def _possible_readers(published: str) -> list[tuple[Part, Target]]:
             if targets_in(part).get(published) is target:
                 return [(part, target)]
     return []
-
-
-def _default(part: Part, target: Target) -> Any:
-    return part.default(target.option) if target.default is None else target.default
 
 
 def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.config.plugins import load_plugins, plugin_of
+from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.errors import UserError
 
@@ -31,7 +32,7 @@ def test_a_file_registers_its_parts_once(tmp_path: Path) -> None:
     assert part.plugin == plugin
     assert plugin_of("gr_plugins.my_loss_too") is None
     assert part.option_values({}) == {"margin": 1.0}
-    assert str(path) in part.describe()
+    assert f"LossOfAFile (LossOfAFile) [{path}]: margin: float = 1.0" in describe(LOSSES)
     path.write_text(SOURCE.format(name="LossOfAFile") + "#")
     with pytest.raises(UserError, match="it changed"):
         load_plugins([str(path)])
