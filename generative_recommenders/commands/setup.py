@@ -14,8 +14,8 @@ from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
 from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.plugins import load_plugins
-from generative_recommenders.config.registry import REGISTRIES, SIMILARITIES, TOP_K_MODULES, named_top_k
-from generative_recommenders.config.schema import FIELDS, RunSettings
+from generative_recommenders.config.registry import named_top_k
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
 from generative_recommenders.data.readers.events import RawRatings
@@ -119,10 +119,8 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
         # An unknown name, or an option without a value, is told before data are read.
         named_top_k(given.model.top_k_method)
-        named = {SIMILARITIES.setting: given.similarity_name}
-        for registry in REGISTRIES.values():
-            if registry.setting in FIELDS and registry is not TOP_K_MODULES:
-                registry[named.get(registry.setting) or given.value(registry.setting)]
+        for registry, name in given.named_parts().items():
+            registry[name]
         for part in given.chosen_parts():
             part.option_values(given.part_options(part))
         return given

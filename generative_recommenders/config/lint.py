@@ -53,7 +53,8 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
     for name in NAMES:
         if settings.value(name) != default.value(name) and (why := _reason(settings, name)):
             idle.setdefault(why, []).append(name)
-    others = {owner: part for owner, part in parts_by_gin_name().items() if part not in settings.chosen_parts()}
+    chosen = settings.chosen_parts()
+    others = {owner: part for owner, part in parts_by_gin_name().items() if part not in chosen}
     for owner, given in settings.options.items():
         for name, value in given.items():
             if owner in others and value != others[owner].default(name):

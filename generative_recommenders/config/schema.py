@@ -16,18 +16,14 @@ from generative_recommenders.config.migrations import by_gin_name
 from generative_recommenders.config.published import PUBLISHED, Target, targets_in
 from generative_recommenders.config.registry import (
     ENCODERS,
-    INPUT_PREPROCESSORS,
     ITEM_EMBEDDINGS,
     LOSSES,
     NEGATIVE_SAMPLERS,
-    OBJECTIVES,
-    OPTIMIZERS,
-    OUTPUT_POSTPROCESSORS,
     REGISTRIES,
-    SEEN_FILTERS,
     SIMILARITIES,
     TOP_K_MODULES,
     Part,
+    Registry,
     named_top_k,
     parts_by_gin_name,
 )
@@ -215,19 +211,21 @@ class RunSettings(Section):
         value = self.part_options(part).get(option, part.default(option))
         return None if value is ... else value
 
+    def named_parts(self) -> dict[Registry, str]:
+        """The name of the part of each kind that the settings choose, registered or not; the top-k module, whose name
+        may have numbers after it, is not among them."""
+        kinds = [each for each in REGISTRIES.values() if each.setting in FIELDS and each is not TOP_K_MODULES]
+        of_settings = {registry: self.value(registry.setting) for registry in kinds}
+        return {
+            **of_settings,
+            ENCODERS: self.encoder_name,
+            ITEM_EMBEDDINGS: self.item_embedding,
+            SIMILARITIES: self.similarity_name,
+        }
+
     def chosen_parts(self) -> list[Part]:
         """The registered parts of this run; no negative sampler where the loss draws no negatives."""
-        chosen = [
-            (ENCODERS, self.encoder_name),
-            (LOSSES, self.loss.loss_module),
-            (INPUT_PREPROCESSORS, self.model.input_preprocessor),
-            (OUTPUT_POSTPROCESSORS, self.model.user_embedding_norm),
-            (ITEM_EMBEDDINGS, self.item_embedding),
-            (SIMILARITIES, self.similarity_name),
-            (OBJECTIVES, self.loss.objective),
-            (OPTIMIZERS, self.updates.optimizer),
-            (SEEN_FILTERS, self.evaluation.seen_filter),
-        ]
+        chosen = [each for each in self.named_parts().items() if each[0] is not NEGATIVE_SAMPLERS]
         if self.encoder_name != self.model.main_module:
             chosen.append((ENCODERS, self.model.main_module))
         if self.draws_negatives:
