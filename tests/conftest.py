@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined, by whichever test imports them first
 
+from disks import disk
 from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -41,6 +42,13 @@ LONG_FILES = (
     "test_one_score.py",
 )
 """The longest first, so that no process ends with one of them alone."""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    with disk(tmp_path / "disk", "size=256k") as folder:
+        yield folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

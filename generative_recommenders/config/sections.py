@@ -38,10 +38,14 @@ MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
 
 
-class DataSettings(Section):
-    """The data, and how histories are cut."""
+class TrainSection(Section):
+    """Settings of ``train_fn``."""
 
     gin_name: ClassVar[str] = "train_fn"
+
+
+class DataSettings(TrainSection):
+    """The data, and how histories are cut."""
 
     dataset_name: str = "synthetic-books"
     """A prepared data set's name below ``--data_root``, or its folder."""
@@ -69,10 +73,8 @@ class DataSettings(Section):
         return self.max_sequence_length + self.gr_output_length + 1
 
 
-class ModelSettings(Section):
+class ModelSettings(TrainSection):
     """The parts of the model."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     main_module: str = "SASRec"
     """The encoder: a name of ``--list=encoders``."""
@@ -91,10 +93,8 @@ class ModelSettings(Section):
     recommendations do not use it: they are exact."""
 
 
-class ItemSettings(Section):
+class ItemSettings(TrainSection):
     """Item embeddings."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     embedding_module_type: str = "local"
     """The item embedding: a name of ``--list=item_embeddings``; TwoTower brings its own."""
@@ -106,10 +106,8 @@ class ItemSettings(Section):
     """Item feature that ``embedding_module_type = "categorical"`` groups items by."""
 
 
-class LossSettings(Section):
+class LossSettings(TrainSection):
     """What is learned."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     objective: str = "causal"
     """What is predicted from what: a name of ``--list=objectives``."""
@@ -121,10 +119,8 @@ class LossSettings(Section):
     """Scores of sampled losses are computed again in the backward pass, which saves memory."""
 
 
-class NegativesSettings(Section):
+class NegativesSettings(TrainSection):
     """Sampled negatives."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     sampling_strategy: Annotated[str, UsedBy("negative_samplers")] = "in-batch"
     """The negative sampler: a name of ``--list=negative_samplers``."""
@@ -140,14 +136,12 @@ class NegativesSettings(Section):
     """Item feature whose values are the classes of the sampler "multi-class"."""
 
 
-class UpdateSettings(Section):
+class UpdateSettings(TrainSection):
     """Updates.
 
     learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
     It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
     """
-
-    gin_name: ClassVar[str] = "train_fn"
 
     optimizer: str = "adamw"
     """The optimizer of the item table, a name of ``--list=optimizers``; other parameters are updated by AdamW."""
@@ -164,10 +158,8 @@ class UpdateSettings(Section):
     """Gradients are clipped to this L2 norm over all of them; None for no clipping."""
 
 
-class ScheduleSettings(Section):
+class ScheduleSettings(TrainSection):
     """The course of a run, in epochs; local_batch_size is per process."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     num_epochs: Count = 101
     """Passes over the users."""
@@ -183,10 +175,8 @@ class ScheduleSettings(Section):
     """Matrix products in TF32 on GPUs that have it."""
 
 
-class FineTuningSettings(Section):
+class FineTuningSettings(TrainSection):
     """Training on from another run."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     initialize_from: str | None = None
     """A run's folder (its best checkpoint) or a checkpoint to start from; items and users are matched by their original
@@ -196,11 +186,9 @@ class FineTuningSettings(Section):
     ``("items.table", "sequence.encoder.blocks.0")``."""
 
 
-class EvaluationSettings(Section):
+class EvaluationSettings(TrainSection):
     """Evaluation. Every eval_interval steps a batch of users, and in epochs between full evaluations
     partial_eval_num_iters batches, are drawn anew by the seed and scored."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     eval_batch_size: Size = 128
     """Users that are scored at a time on each process."""
@@ -225,10 +213,8 @@ class EvaluationSettings(Section):
     """Lowest rating that counts as high, in metrics of high-rated targets and in the loss by ratings."""
 
 
-class CheckpointSettings(Section):
+class CheckpointSettings(TrainSection):
     """Checkpoints: after epochs n, 2 n and so on, counted from 0 as published, and every so many minutes."""
-
-    gin_name: ClassVar[str] = "train_fn"
 
     save_ckpt_every_n: Period = 1000
     """Epochs from one checkpoint to the next, counted from 0 as published, beside those by minutes and of best

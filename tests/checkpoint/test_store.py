@@ -363,20 +363,6 @@ def test_file_size_limit_reports_one_line_error_and_leaves_the_older_ones(tmp_pa
     assert list(tmp_path.glob(".*")) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not permitted")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_full_disk(small_disk):
     store = store_with(small_disk, 2)
     with pytest.raises(UserError, match=r"No space left on device.*older checkpoints are whole"):

@@ -79,6 +79,15 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
     assert pd.read_parquet(folder / "again.parquet")["item_id"].tolist() == [row["item_id"] for row in rows]
 
 
+def prepared(events: pd.DataFrame, folder: Path) -> SequenceDataset:
+    """``user_id``, ``item_id`` and further columns as a data set; one that is there is replaced."""
+    types = {"timestamp": pa.int64(), "rating": pa.float32(), "progress": pa.float32()}
+    named = events.rename(columns={"user_id": "user", "item_id": "item"})
+    table = pa.table({name: pa.array(named[name], types.get(name, pa.large_string())) for name in named.columns})
+    prepare_batches(RawRatings(folder.name, [folder.with_suffix(".csv")]), [table], folder, 1 << 30)
+    return SequenceDataset.open(folder)
+
+
 def test_data_that_grew_since_are_read_as_in_training(tmp_path: Path) -> None:
     """With new users before the others, new categories, and numbers of another mean."""
     rng = np.random.default_rng(0)
@@ -92,25 +101,16 @@ def test_data_that_grew_since_are_read_as_in_training(tmp_path: Path) -> None:
     events.loc[new, "shelf"] = "a"
     events.loc[new, "progress"] += 7
     folder = tmp_path / "prepared" / "grows"
-
-    types = {"timestamp": pa.int64(), "progress": pa.float32()}
-
-    def prepared(events: pd.DataFrame) -> SequenceDataset:
-        named = events.rename(columns={"user_id": "user", "item_id": "item"})
-        table = pa.table({name: pa.array(named[name], types.get(name, pa.large_string())) for name in named.columns})
-        prepare_batches(RawRatings("grows", [tmp_path / "grows.csv"]), [table], folder, 1 << 30)
-        return SequenceDataset.open(folder)
-
     choice = {**MOL, "dataset_name": str(folder), "event_features": ("shelf", "progress")}
-    place, _, _ = make_run(tmp_path, prepared(events[~new]), choice)
-    prepared(events)
+    place, _, _ = make_run(tmp_path, prepared(events[~new], folder), choice)
+    prepared(events, folder)
     options = Options((), (), tmp_path, str(place))
     assert predict(options, "all", "all", 5, False, None, tmp_path / "recs.parquet") == 0
     found = pd.read_parquet(tmp_path / "recs.parquet").sort_values(["user_id", "rank"])
     own = Recommender.load(place).recommend(events, k=5, exclude_seen=False).sort_values(["user_id", "rank"])
     assert found["item_id"].tolist() == own["item_id"].tolist() and len(found) == 45
     assert found["score"].tolist() == pytest.approx(own["score"].tolist(), rel=1e-4)
-    prepared(events.drop(columns="progress"))
+    prepared(events.drop(columns="progress"), folder)
     with pytest.raises(UserError, match="has no column 'progress', which the model reads of each event"):
         predict(options, "all", "all", 5, False, None, tmp_path / "none.parquet")
 
@@ -127,18 +127,11 @@ def test_data_that_the_model_cannot_read_are_refused(
     tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], words: str
 ) -> None:
     rows = [(f"u{user}", f"i{item}", 3.0, item) for user in range(9) for item in range(8)]
-    events = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
+    events = pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
     folder = tmp_path / "prepared" / "changes"
-
-    def prepared(events: pd.DataFrame) -> SequenceDataset:
-        types = {"timestamp": pa.int64(), "rating": pa.float32()}
-        table = pa.table({name: pa.array(events[name], types.get(name, pa.large_string())) for name in events.columns})
-        prepare_batches(RawRatings("changes", [tmp_path / "changes.csv"]), [table], folder, 1 << 30)
-        return SequenceDataset.open(folder)
-
     choice = {"main_module": "HSTU", "input_preprocessor": "CombinedItemAndRating", "dataset_name": str(folder)}
-    place, _, _ = make_run(tmp_path, prepared(events), choice)
-    prepared(change(events))
+    place, _, _ = make_run(tmp_path, prepared(events, folder), choice)
+    prepared(change(events), folder)
     with pytest.raises(UserError, match=words):
         predict(Options((), (), tmp_path, str(place)), "all", "all", 5, False, None, tmp_path / "none.parquet")
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from disks import disk
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.state import check_same_data
@@ -256,12 +256,6 @@ def test_a_path_through_a_file(tmp_path):
         RunFolder.create_or_open(tmp_path / "file" / "run")
 
 
-def mounted(folder: Path, options: str) -> bool:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
-
-
 @pytest.fixture
 def read_only(tmp_path):
     folder = tmp_path / "read_only"
@@ -269,21 +263,9 @@ def read_only(tmp_path):
         folder.mkdir(mode=0o500)
         yield folder
         folder.chmod(0o700)
-        return
-    if not mounted(folder, "ro,size=64k"):
-        pytest.skip("mounting is not permitted")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 128 KiB."""
-    folder = tmp_path / "disk"
-    if not mounted(folder, "size=128k"):
-        pytest.skip("mounting is not permitted")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    else:
+        with disk(folder, "ro,size=64k"):
+            yield folder
 
 
 def test_a_full_disk_reports_one_line_error(small_disk, capfd):
