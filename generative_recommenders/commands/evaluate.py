@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,26 +175,19 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
             show("\n" + comparison_table(*frames, (str(run), str(other.folder)), dataset.num_items))
         if not options.bindings:  # the report shows the run as it was trained
             ranks = {settings.model.main_module: of_model, **of_baselines}
-            keep_facts(run, dataset, split, ranks, checkpoint.path.name)
+            with report_is_optional(run):
+                write_facts(run, dataset, split, ranks, checkpoint.path.name)
     return 0
 
 
-def keep_facts(
-    run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks], checkpoint: str | None
-) -> bool:
-    """Writes the facts for the run's report, see `write_facts`; one warning, and False, where they cannot be
-    written."""
+@contextmanager
+def report_is_optional(run: Path) -> Iterator[None]:
+    """What fails in the block is one warning: the numbers of the run stand without its report."""
     try:
-        write_facts(run, dataset, split, ranks, checkpoint)
-    except Exception as error:  # a report is worth no run
-        logging.warning("nothing is kept for the report of %s: %s", run, fault_line(error))
-        return False
-    return True
-
-
-def fault_line(error: Exception) -> str:
-    """An error as one line."""
-    return f"{type(error).__name__}: {first_line(error)}"
+        yield
+    except Exception as error:
+        logging.debug("the report's fault came from here", exc_info=True)
+        logging.warning("the report of %s cannot be written: %s: %s", run, type(error).__name__, first_line(error))
 
 
 def users_frame(

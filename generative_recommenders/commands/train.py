@@ -14,8 +14,7 @@ from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.evaluate import (
     check_users_metrics,
-    fault_line,
-    keep_facts,
+    report_is_optional,
     write_users_metrics,
 )
 from generative_recommenders.commands.setup import (
@@ -40,6 +39,7 @@ from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import show
 from generative_recommenders.run.model_summary import model_summary
+from generative_recommenders.run.report.facts import write_facts
 from generative_recommenders.run.report.records import read_records
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
@@ -230,16 +230,12 @@ def show_results(trainer: Trainer, folder: Path, store: CheckpointStore, final: 
 def write_page(
     run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks], checkpoint: Path | None
 ) -> None:
-    """The run's report; what fails here is one warning, as the run is done."""
+    """The run's report, and the facts that it is made of."""
     from generative_recommenders.run.report.page import write_report  # brings matplotlib and jinja2
 
-    if not keep_facts(run, dataset, split, ranks, None if checkpoint is None else checkpoint.name):
-        return
-    try:
+    with report_is_optional(run):
+        write_facts(run, dataset, split, ranks, None if checkpoint is None else checkpoint.name)
         logging.info("report: %s", write_report(run))
-    except Exception as error:  # whatever a picture fails at, the trained run stands
-        logging.debug("the report's fault came from here", exc_info=True)
-        logging.warning("the report of %s cannot be written: %s", run, fault_line(error))
 
 
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:

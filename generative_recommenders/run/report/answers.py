@@ -96,7 +96,7 @@ def examples(recommender: Recommender, facts: Facts, names: ItemNames) -> list[E
 
 
 def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> list[AttentionMap]:
-    """Maps of every layer and head for the example user of most events that still fit the picture, else of most events.
+    """Maps of every layer and head for the example user of fewest events that fill the picture, else of most events.
 
     Tokens are named by their items; a mask slot has a name of its own.
     """
