@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,14 +89,18 @@ def same_json(name: str, after: bytes, before: bytes) -> bool:
 
 def seal(folder: Path) -> None:
     """Makes the manifest's checksums right again, as one who forges a checkpoint would."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_bytes())
     for name in manifest["files"]:
         content = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    del manifest["sha256"]
-    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps({**manifest, "sha256": checksum}))
+    write_sealed(folder, manifest)
+
+
+def write_sealed(folder: Path, manifest: dict[str, Any]) -> None:
+    """A manifest with its own checksum."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": checksum}))
 
 
 @pytest.mark.parametrize("mutants", MUTANTS)
@@ -156,12 +161,9 @@ ACCEPTED = {"metric": [None, -1, 3, 1.5], "is_best": [True], "epoch": [3], "step
 def test_a_forged_manifest_is_loaded_or_refused(tmp_path, whole, key):
     store = CheckpointStore(tmp_path / "other", read_only=True)
     manifest = json.loads((whole / "manifest.json").read_bytes())
-    manifest.pop("sha256")
     accepted = []
     for value in VALUES:
-        forged = {**manifest, key: value}
-        checksum = hashlib.sha256(json.dumps(forged, sort_keys=True).encode()).hexdigest()
-        (whole / "manifest.json").write_text(json.dumps({**forged, "sha256": checksum}))
+        write_sealed(whole, {**manifest, key: value})
         if outcome(store, whole) is not None:
             accepted.append(value)
     assert accepted == ACCEPTED.get(key, [])
@@ -171,11 +173,7 @@ def test_a_forged_manifest_is_loaded_or_refused(tmp_path, whole, key):
 def test_a_manifest_names_no_files_elsewhere(tmp_path, whole, name):
     manifest = json.loads((whole / "manifest.json").read_bytes())
     manifest["files"][name] = manifest["files"]["state.json"]
-    (whole / "manifest.json").write_text(json.dumps(manifest))
     (whole.parent / "outside").write_bytes((whole / "state.json").read_bytes())
-    checksum = dict(manifest)
-    checksum.pop("sha256")
-    sealed = hashlib.sha256(json.dumps(checksum, sort_keys=True).encode()).hexdigest()
-    (whole / "manifest.json").write_text(json.dumps({**checksum, "sha256": sealed}))
+    write_sealed(whole, manifest)
     with pytest.raises(UserError, match="does not list the files of a checkpoint"):
         CheckpointStore(tmp_path / "other", read_only=True).load(whole)

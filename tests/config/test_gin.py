@@ -371,9 +371,13 @@ def test_json_that_is_no_object(data: object) -> None:
             ["a/train_fn.num_negatives = 7"],
             "scopes have no effect here; write train_fn.num_negatives without 'a/'",
         ),
+        (["train_fn.num_epochs = %nothing"], "nothing gives %nothing a value"),
+        (["train_fn.num_epochs = @train_fn()"], "cannot refer to @train_fn"),
+        (["a = %b", "b = %a", "train_fn.num_epochs = %a"], "one that holds itself"),
+        (["a = [1]", "train_fn.loss_weights = {%a: 1.0}"], "keys are names or numbers"),
     ],
 )
-def test_what_would_bind_nothing_is_refused(bindings: list[str], words: str) -> None:
+def test_what_would_bind_nothing_or_has_no_value_is_refused(bindings: list[str], words: str) -> None:
     assert words in message([], bindings)
     with pytest.raises(UserError, match=re.escape(words)):
         override(RunSettings(), bindings)

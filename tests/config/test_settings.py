@@ -92,17 +92,3 @@ def test_settings_are_frozen_and_changed_by_copies() -> None:
         schedule.changed(num_epoch=3)
     with pytest.raises(UserError, match="no setting 'train_fn.num_epoch'; did you mean 'train_fn.num_epochs'"):
         RunSettings().bind({"train_fn.num_epoch": 3})
-
-
-@pytest.mark.parametrize(
-    ("binding", "words"),
-    [
-        ("train_fn.num_epochs = %nothing", "nothing gives %nothing a value"),
-        ("train_fn.num_epochs = @train_fn()", "cannot refer to @train_fn"),
-        ("a = %b\nb = %a\ntrain_fn.num_epochs = %a", "one that holds itself"),
-        ("a = [1]\ntrain_fn.loss_weights = {%a: 1.0}", "keys are names or numbers"),
-    ],
-)
-def test_macros_and_references_that_have_no_value(binding: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        load_settings([], [binding])
