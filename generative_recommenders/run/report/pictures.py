@@ -42,7 +42,6 @@ in_style = matplotlib.rc_context(_STYLE)
 """Decorates what draws: matplotlib takes its style from globals, some of it only when a picture is written."""
 
 
-@in_style
 def figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     return Figure(figsize=(width, height), layout="constrained")
@@ -62,8 +61,7 @@ def one_axes(width: float, height: float) -> tuple[Figure, Axes]:
 def svg(made: Figure, description: str) -> Markup:
     """The figure as an element of a page. description: for those who do not see it."""
     file = io.StringIO()
-    style: Any = {**_STYLE, "svg.hashsalt": description}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context({"svg.hashsalt": description}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that this font lacks is drawn by the browser's
         # savefig would draw everything once more, to no file, before it asks for the layout
         FigureCanvasSVG(made).print_svg(file, metadata={"Date": None, "Creator": None})
@@ -89,7 +87,6 @@ def add_legend(axes: Axes, **options: Any) -> None:
         text.set_parse_math(False)
 
 
-@in_style
 def draw_curves(made: Figure, history: Sequence[Row], part: str, best: int | None = None) -> bool:
     """Training loss, and each metric of a part of the data, by epoch; the best epoch is marked.
 
@@ -120,6 +117,7 @@ def _points(history: Sequence[Row], name: str) -> list[tuple[float, float]]:
     return points if any(np.isfinite(y) for _, y in points) else []
 
 
+@in_style
 def curves(history: Sequence[Row], part: str, best: int | None, title: str) -> Markup | None:
     """`draw_curves` of a run; None without an epoch."""
     made = figure(9.6, 3.1)
@@ -128,6 +126,7 @@ def curves(history: Sequence[Row], part: str, best: int | None, title: str) -> M
     return svg(made, f"Training loss and {part} metrics of {title} by epoch")
 
 
+@in_style
 def plot_curves(
     history: Sequence[Row], path: Path, part: str = "validation", name: str = "", best: int | None = None
 ) -> Path | None:
