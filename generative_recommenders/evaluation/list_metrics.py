@@ -115,7 +115,6 @@ class ListMetrics:
 
     cutoffs: the k, 1 or more. num_items: V. item_counts: ``[V]`` training events of each item, for the popularity bias,
         or None.
-    catalogue: ``[V]`` bool, the items that coverage is a share of (None: all).
 
     Attributes:
         sums: int64 ``[number of cutoffs, 7]`` in units of 2^-39 (recall, precision, ndcg, map, mrr, hr,
@@ -132,14 +131,11 @@ class ListMetrics:
         cutoffs: Sequence[int],
         num_items: int,
         item_counts: torch.Tensor | None = None,
-        catalogue: torch.Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.cutoffs = tuple(cutoffs)
+        self.cutoffs, self.item_counts = tuple(cutoffs), item_counts
         if min(self.cutoffs, default=0) < 1:
             raise UserError(f"ListMetrics: cutoffs must be 1 or more, got {list(self.cutoffs)}")
-        self.item_counts = item_counts
-        self.catalogue = catalogue
         self.sums = torch.zeros(len(self.cutoffs), len(self.NAMES), dtype=torch.int64, device=device)
         self.users = torch.zeros(1, dtype=torch.int64, device=device)
         self.recommended = torch.zeros(len(self.cutoffs), num_items + 1, dtype=torch.int64, device=device)
@@ -159,45 +155,46 @@ class ListMetrics:
             stacked = torch.stack([values[name] for name in self.NAMES])
             # Fixed-point numbers: sums of floats would depend on the order of users and on the number of processes.
             self.sums[row] += (stacked * _ONE).round().long().sum(1)
-            listed = top_ids[:, :k].flatten()
-            self.recommended[row] += torch.bincount(listed, minlength=self.recommended.shape[1])
+            self.recommended[row] += torch.bincount(top_ids[:, :k].flatten(), minlength=num_items + 1)
         self.users += len(top_ids)
 
-    def compute(self) -> dict[str, float]:
+    def sum_over_processes(self, collectives: Collectives) -> None:
+        """Adds up the numbers of all processes, in place: call it once."""
+        for total in (self.sums, self.users, self.recommended):
+            collectives.sum_(total)
+
+    def compute(self, catalogue_size: int | None = None) -> dict[str, float]:
         """``name@k`` for each name and cutoff, ``coverage@k`` and, with item counts, ``popularity_bias@k``.
 
-        Means over the users added, those without relevant items counting 0. Coverage is the share of the
-        catalogue that is in some list. Popularity bias is the mean count of a recommended item over the mean
-        count of a catalogue item: 1 for lists drawn uniformly, above 1 where popular items are favoured.
+        Means over the users added, those without relevant items counting 0. Coverage is the number of items in some
+        list over the size of the catalogue (V unless given). Popularity bias is the mean count of a recommended item
+        over the mean count of a catalogue item: 1 for lists drawn uniformly, above 1 where popular items are favoured.
         """
-        users = max(int(self.users), 1)
-        metrics: dict[str, float] = {}
-        for row, k in enumerate(self.cutoffs):
-            for column, name in enumerate(self.NAMES):
-                metrics[f"{name}@{k}"] = int(self.sums[row, column]) / _ONE / users
-            recommended = self.recommended[row, 1:]
-            inside = torch.ones_like(recommended) if self.catalogue is None else self.catalogue
-            listed = (recommended > 0) & (inside > 0)
-            metrics[f"coverage@{k}"] = int(listed.sum()) / max(int(inside.sum()), 1)
+        users, metrics = max(int(self.users), 1), {}
+        for k, sums, counts in zip(self.cutoffs, self.sums.tolist(), self.recommended[:, 1:]):
+            metrics |= {f"{name}@{k}": total / _ONE / users for name, total in zip(self.NAMES, sums)}
+            metrics[f"coverage@{k}"] = int((counts > 0).sum()) / max(catalogue_size or len(counts), 1)
             if self.item_counts is not None:
-                events = self.item_counts.to(recommended.device).double()
-                expected = float(recommended.sum()) * float(events.mean())
-                bias = float(recommended.double() @ events) / expected if expected else 0.0
-                metrics[f"popularity_bias@{k}"] = bias
+                events = self.item_counts.to(counts.device).double()
+                expected = float(counts.sum()) * float(events.mean())
+                metrics[f"popularity_bias@{k}"] = float(counts.double() @ events) / expected if expected else 0.0
         return metrics
 
 
 class TopLists:
-    """Collector of the k best items of each user; `compute` joins the lists of all processes.
+    """Metrics of the k best items of each user, added up as they come.
 
-    k: length of a list, which may exceed the catalogue. num_items: V. item_counts: ``[V]`` training events, for
-    the popularity bias, or None.
+    Of the lists themselves only those that diversity compares are kept, so that memory does not grow with the users.
+
+    k: length of a list, which may exceed the catalogue. num_items: V. user_ids: ``[U]``, rising, everyone whose list is
+    added by some process. item_counts: ``[V]`` training events, for the popularity bias, or None.
     """
 
-    def __init__(self, k: int, num_items: int, item_counts: torch.Tensor | None = None) -> None:
+    def __init__(self, k: int, num_items: int, user_ids: torch.Tensor, item_counts: torch.Tensor | None = None) -> None:
         self.k = k
         self.metrics = ListMetrics([k], num_items, item_counts)
-        self.parts = [torch.zeros(0, k + 1, dtype=torch.int64)]
+        self.compared_users = evenly_spaced(user_ids, MAX_DIVERSITY_LISTS)
+        self.compared = [torch.zeros(0, k + 1, dtype=torch.int64)]  # rows of a user id and that user's list
 
     def add(
         self,
@@ -224,22 +221,22 @@ class TopLists:
         """Users with their lists ``ids [n, k]``, best first, 0 where there is none; the rest as in `add`."""
         relevant_ids = target_ids[:, None] if target_ids.ndim == 1 else target_ids
         self.metrics.add(ids, relevant_ids, ids * history.contains(ids))
-        self.parts.append(torch.cat([user_ids[:, None], ids], dim=1))
+        rows = torch.isin(user_ids, self.compared_users, assume_unique=True)
+        self.compared.append(torch.cat([user_ids[rows, None], ids[rows]], dim=1))
 
     def compute(self, collectives: Collectives) -> dict[str, float]:
         """``name@k`` as of `ListMetrics.compute`, and ``diversity@k``; equal for any number of processes.
 
         Call it once: it adds the processes' sums up in place.
         """
-        for total in (self.metrics.sums, self.metrics.users, self.metrics.recommended):
-            collectives.sum_(total)
-        lists = collectives.gather_variable(torch.cat(self.parts))
-        lists = lists[lists[:, 0].argsort(), 1:]
-        return {**self.metrics.compute(), f"diversity@{self.k}": diversity(evenly_spaced(lists))}
+        self.metrics.sum_over_processes(collectives)
+        lists = collectives.gather_variable(torch.cat(self.compared))
+        lists = lists[lists[:, 0].argsort(), 1:]  # sums of floats depend on their order
+        return {**self.metrics.compute(), f"diversity@{self.k}": diversity(lists)}
 
 
-def evenly_spaced(lists: torch.Tensor, most: int = MAX_DIVERSITY_LISTS) -> torch.Tensor:
-    """At most ``most`` rows of ``lists [n, k]``, in order; all of them where n allows."""
-    if len(lists) <= most:
-        return lists
-    return lists[torch.arange(most, device=lists.device) * len(lists) // most]
+def evenly_spaced(values: torch.Tensor, most: int) -> torch.Tensor:
+    """At most ``most`` of the values ``[n]``, in order; all of them where n allows."""
+    if len(values) <= most:
+        return values
+    return values[torch.arange(most) * len(values) // most]

@@ -188,14 +188,15 @@ class ModelEvaluation:
         stop: Callable[[], bool],
     ) -> EvaluationResult:
         lists = progress = None
-        if self.settings.evaluation.list_metrics_k is not None and sample is None:
-            events = self.dataset.items, self.dataset.offsets, self.split.train_stops
-            counts = training_counts(*events, self.dataset.num_items)
-            lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, counts)
         training = model.training
         model.eval()
         score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
         evaluator = self._evaluator(part, sample, stop)
+        if self.settings.evaluation.list_metrics_k is not None and sample is None:
+            events = self.dataset.items, self.dataset.offsets, self.split.train_stops
+            counts = training_counts(*events, self.dataset.num_items)
+            users = torch.from_numpy(evaluator.loader.users) + 1
+            lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, users, counts)
         if sample is None and lists is None:
             columns = 3 + len(self.dataset.manifest.kinds)
             window = self.dataset.num_users * columns * self.settings.data.max_sequence_length

@@ -115,13 +115,9 @@ class ComputeMetricsCallback(Callback):
             if (own := self._totals.get(int(number))) is not None:
                 total.sums, total.users = own.sums, own.users
                 total.recommended[:, : own.recommended.shape[1]] = own.recommended
-            for part in (total.sums, total.users, total.recommended):
-                collectives.sum_(part)
+            total.sum_over_processes(collectives)
             suffix = f"/dataloader_idx_{number}" if len(widths) > 1 else ""
-            values = total.compute()
-            for row, k in enumerate(self.ks):  # a share of the catalogue's items, not of the scores' columns
-                listed = int((total.recommended[row, 1:] > 0).sum())
-                values[f"coverage@{k}"] = listed / (self.item_count or 1)
+            values = total.compute(self.item_count)
             wanted = {f"{name}@{k}{suffix}": values[f"{name}@{k}"] for name in self.metrics for k in self.ks}
             pl_module.log_dict(wanted, add_dataloader_idx=False, batch_size=1)
 

@@ -146,12 +146,12 @@ def golden_inputs():
 
 def test_golden_means():
     config, inputs, outputs = golden_inputs()
-    catalogue = torch.zeros(config["V"] + 1, dtype=torch.bool)
-    catalogue[inputs["train"].flatten()] = True
-    metrics = ListMetrics(config["ks"], config["V"], catalogue=catalogue[1:])
+    trained = inputs["train"].unique()[1:]  # the file's coverage is a share of the items of training
+    metrics = ListMetrics(config["ks"], config["V"])
     for part in torch.arange(len(inputs["train"])).split(4):
         metrics.add(*(inputs[name][part] for name in ("predictions", "ground_truth", "train")))
-    result = metrics.compute()
+    listed = (metrics.recommended[:, trained] > 0).double().mean(1)
+    result = metrics.compute() | {f"coverage@{k}": float(share) for k, share in zip(config["ks"], listed)}
     expected = {name.removeprefix("mean/"): float(v) for name, v in outputs.items() if name.startswith("mean/")}
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 

@@ -12,9 +12,10 @@ from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.evaluation import list_metrics
 from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
-from generative_recommenders.evaluation.list_metrics import TopLists, diversity, evenly_spaced
+from generative_recommenders.evaluation.list_metrics import TopLists, diversity
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, SeenItems, WindowFilter
 
 ITEMS, WINDOW = 30, 6
@@ -34,7 +35,8 @@ def evaluate(dataset: SequenceDataset, seen_filter: str, k: int, batch_size: int
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size)
     unseen = torch.from_numpy(split.unseen_test_targets)
     counts = training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS)
-    return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(score, TopLists(k, ITEMS, counts))
+    lists = TopLists(k, ITEMS, torch.from_numpy(loader.users) + 1, counts)
+    return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(score, lists)
 
 
 def plain_lists(dataset: SequenceDataset, seen_filter: str, k: int) -> list[tuple[list[int], int, set[int]]]:
@@ -102,7 +104,7 @@ class Recorded(Collectives):
         super().__init__()
         metrics = other.metrics
         self.sums = iter([metrics.sums.clone(), metrics.users.clone(), metrics.recommended.clone()])
-        self.lists = torch.cat(other.parts)
+        self.lists = torch.cat(other.compared)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.add_(next(self.sums))
@@ -115,7 +117,7 @@ def test_two_processes_equal_one() -> None:
     generator = torch.Generator().manual_seed(2)
     scores, users = torch.rand(9, ITEMS, generator=generator), torch.arange(1, 10)
     targets = torch.randint(1, ITEMS + 1, (9,), generator=generator)
-    whole, mine, other = (TopLists(4, ITEMS, torch.arange(ITEMS)) for _ in range(3))
+    whole, mine, other = (TopLists(4, ITEMS, users, torch.arange(ITEMS)) for _ in range(3))
     for lists, rows in ((whole, slice(None)), (mine, slice(0, 9, 2)), (other, slice(1, 9, 2))):
         lists.add(scores[rows], users[rows], targets[rows], SeenItems.none(), padded(targets[rows, None]))
     assert mine.compute(Recorded(other)) == whole.compute(Collectives())
@@ -148,7 +150,7 @@ def test_any_number_of_targets(k: int, levels: int) -> None:
     targets[torch.rand(users, width, generator=generator) < 0.5] = 0
     targets[::7] = 0
     removed = torch.randint(0, ITEMS + 1, (users, 4), generator=generator)
-    lists = TopLists(k, ITEMS)
+    lists = TopLists(k, ITEMS, torch.arange(users))
     for part in (slice(0, 20), slice(20, users)):
         lists.add(
             scores[part],
@@ -169,7 +171,7 @@ def test_any_number_of_targets(k: int, levels: int) -> None:
 
 @pytest.mark.parametrize("width", [0, 3])
 def test_no_targets_at_all(width: int) -> None:
-    lists = TopLists(3, ITEMS)
+    lists = TopLists(3, ITEMS, torch.tensor([1, 2]))
     none = torch.zeros(2, width, dtype=torch.int64)
     lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, SeenItems.none(), padded(none))
     lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], SeenItems.none(), padded(none[:0]))
@@ -180,43 +182,41 @@ def test_no_targets_at_all(width: int) -> None:
 def test_one_target_in_a_column_is_one_target() -> None:
     scores, users = torch.rand(9, ITEMS, generator=torch.Generator().manual_seed(4)), torch.arange(9)
     targets = torch.arange(9)
-    flat, wide = TopLists(4, ITEMS), TopLists(4, ITEMS)
+    flat, wide = TopLists(4, ITEMS, users), TopLists(4, ITEMS, users)
     for lists, given in ((flat, targets), (wide, torch.nn.functional.pad(targets[:, None], (2, 1)))):
         lists.add(scores, users, given, SeenItems.none(), padded(targets[:, None]))
     assert flat.compute(Collectives()) == wide.compute(Collectives())
 
 
 def test_a_process_without_users() -> None:
-    empty, other = TopLists(3, ITEMS), TopLists(3, ITEMS)
-    other.add(
-        torch.rand(2, ITEMS),
-        torch.tensor([1, 2]),
-        torch.tensor([4, 5]),
-        SeenItems.none(),
-        padded(torch.zeros(2, 0).long()),
-    )
+    users = torch.tensor([1, 2])
+    empty, other = TopLists(3, ITEMS, users), TopLists(3, ITEMS, users)
+    other.add(torch.rand(2, ITEMS), users, torch.tensor([4, 5]), SeenItems.none(), padded(torch.zeros(2, 0).long()))
     assert empty.compute(Recorded(other))["coverage@3"] > 0
-    assert TopLists(3, ITEMS).compute(Collectives())["recall@3"] == 0
+    assert TopLists(3, ITEMS, users[:0]).compute(Collectives())["recall@3"] == 0
 
 
 def test_scores_that_are_no_number_are_no_candidates() -> None:
-    scores = torch.tensor([[torch.nan, 1.0, -torch.inf, 2.0]])
-    lists = TopLists(3, 4)
-    lists.add(
-        scores,
-        torch.tensor([7]),
-        torch.tensor([1]),
-        padded(torch.tensor([[4, 0]])),
-        padded(torch.tensor([[4]])),
-    )
-    assert lists.parts[-1].tolist() == [[7, 2, 0, 0]]
+    scores, user = torch.tensor([[torch.nan, 1.0, -torch.inf, 2.0]]), torch.tensor([7])
+    lists = TopLists(3, 4, user)
+    lists.add(scores, user, torch.tensor([1]), padded(torch.tensor([[4, 0]])), padded(torch.tensor([[4]])))
+    assert lists.compared[-1].tolist() == [[7, 2, 0, 0]]
 
 
-def test_many_users_are_represented_evenly() -> None:
-    lists = torch.arange(1, 1001)[:, None]
-    some = evenly_spaced(lists, 10)
-    assert some[:, 0].tolist() == list(range(1, 1001, 100))
-    assert evenly_spaced(lists, 1000) is lists
+@pytest.mark.parametrize("processes", [1, 2])
+def test_diversity_of_many_users_compares_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    monkeypatch.setattr(list_metrics, "MAX_DIVERSITY_LISTS", 300)
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(1, 40, (2000, 5), generator=generator)
-    assert diversity(evenly_spaced(drawn, 500)) == pytest.approx(diversity(drawn), abs=0.01)
+    drawn = torch.rand(2000, ITEMS, generator=generator).topk(5).indices + 1
+    users = torch.arange(1, 2 * len(drawn), 2)
+    collectors = [TopLists(5, ITEMS, users) for _ in range(processes)]
+    for number, rows in enumerate(torch.randperm(2000, generator=generator).split(128)):
+        given = drawn[rows], users[rows], drawn[rows, :1], SeenItems.none()
+        collectors[number % processes].add_lists(*given)
+    found = collectors[0].compute(Recorded(collectors[1]) if processes == 2 else Collectives())["diversity@5"]
+    assert found == diversity(drawn[torch.arange(300) * 2000 // 300])
+    assert found == pytest.approx(diversity(drawn), abs=0.01)
+    monkeypatch.undo()
+    every = TopLists(5, ITEMS, users)
+    every.add_lists(drawn, users, drawn[:, :1], SeenItems.none())
+    assert every.compute(Collectives())["diversity@5"] == diversity(drawn)
