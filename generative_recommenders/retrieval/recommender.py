@@ -168,15 +168,14 @@ class Recommender:
         unknown = 0
         for some, queries in self._queries(histories, at, keep_empty=fallback == "popular"):
             if isinstance(lists, dict):
-                allowed, dropped = self._allowed_by_row([lists.get(user_key(user), []) for user in some.users])
+                allowed, dropped = self.allowed_by_row([lists.get(user_key(user), []) for user in some.users])
                 unknown += dropped
             best, found = self.search.best(some, queries, k, exclude_seen, allowed)
             users += some.users
             values.append(best)
             ids.append(found)
             numeric = some.numeric
-        if unknown:
-            logging.warning("%d candidates are no items that the model knows", unknown)
+        _warn_of_unknown(unknown)
         scores, items = torch.cat(values), torch.cat(ids)
         if output == "torch":
             return scores, items
@@ -297,15 +296,14 @@ class Recommender:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def allowed(self, candidates: Any, warn: bool = True) -> torch.Tensor:
+    def allowed(self, candidates: list[Any]) -> torch.Tensor:
         """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a
         warning."""
-        ids = self.reader.internal(listed(candidates, "candidates"))
-        if warn and not ids.all():
-            logging.warning("%d candidates are no items that the model knows", (ids == 0).sum())
-        return torch.from_numpy(np.unique(ids[ids > 0]))
+        (allowed,), unknown = self.allowed_by_row([candidates])
+        _warn_of_unknown(unknown)
+        return allowed
 
-    def _allowed_by_row(self, lists: list[list[Any]]) -> tuple[list[torch.Tensor], int]:
+    def allowed_by_row(self, lists: list[list[Any]]) -> tuple[list[torch.Tensor], int]:
         """`allowed` of each list, and how many candidates are unknown; all are looked up together."""
         texts = [as_text(items) for items in lists]
         ids = self.reader.internal(pl.concat(texts))
@@ -332,3 +330,8 @@ class Recommender:
             return
         for some in self.reader.read(histories, at, MAX_USERS, keep_empty):
             yield some, self.queries(some)
+
+
+def _warn_of_unknown(candidates: int) -> None:
+    if candidates:
+        logging.warning("%d candidates are no items that the model knows", candidates)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -25,6 +25,8 @@ MAX_SIMILAR = 10_000
 """Items that one request for similar ones may be answered with."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
+Ranked = list[dict[str, Any]]
+"""Items ``{"item_id", "score"}``, best first."""
 
 
 class RecommendRequest(BaseModel):
@@ -78,58 +80,44 @@ class Limits:
     max_body: int = 1 << 20
 
 
-def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[list[dict[str, Any]] | UserError]:
-    """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot
-    answer."""
-    reader = recommender.reader
-    answers: list[list[dict[str, Any]] | UserError] = []
-    columns: list[dict[str, pl.Series]] = []
+def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[Ranked | UserError]:
+    """Ranked items of each request; UserError in the place of one that the model cannot answer."""
+    answers: list[Ranked | UserError] = [[] for _ in requests]
+    columns: dict[int, dict[str, pl.Series]] = {}
     groups: dict[tuple[bool, bool], list[int]] = {}
     for number, request in enumerate(requests):
-        # What is wrong with one request's columns is found before they share a frame with others'.
-        missing = [name for name in reader.needed_columns if name not in request.columns]
-        wrong = [
-            UserError(f"columns: {name} {value!r} is no number that the model reads")
-            for name in reader.number_columns
-            for value in request.columns.get(name, ())
-            if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER)
-        ]
-        if missing:
-            wrong = [UserError(f"columns: the model reads {' and '.join(missing)} of each event")]
-        columns.append({})
-        if not wrong:
-            try:
-                columns[-1] = _event_columns(reader, request)
-            except UserError as error:
-                wrong = [error]
-        answers.append(wrong[0] if wrong else [])
-        if not wrong:
+        try:  # what is wrong with one request's columns is found before they share a frame with others'
+            columns[number] = _event_columns(recommender.reader, request)
+        except UserError as error:
+            answers[number] = error
+        else:
             groups.setdefault((request.exclude_seen, request.candidates is None), []).append(number)
-    for (exclude_seen, everything), numbers in groups.items():
-        parts = [numbers]
-        while parts:
-            part = parts.pop()
-            try:
-                found = _ranked(
-                    recommender,
-                    [requests[each] for each in part],
-                    [columns[each] for each in part],
-                    exclude_seen,
-                    everything,
-                )
-                for number, ranked in zip(part, found):
-                    answers[number] = ranked
-            except UserError as error:  # only the request that brought it is refused
-                if len(part) > 1:
-                    parts += [[number] for number in part]
-                else:
-                    answers[part[0]] = error
+    waiting = [*groups.values()]
+    while waiting:
+        numbers = waiting.pop()
+        found: Sequence[Ranked | UserError]
+        try:
+            found = _ranked(recommender, [requests[each] for each in numbers], [columns[each] for each in numbers])
+        except UserError as error:
+            if len(numbers) > 1:  # one by one, so that only the request that brought it is refused
+                waiting += [[number] for number in numbers]
+                continue
+            found = [error]
+        for number, each in zip(numbers, found):
+            answers[number] = each
     return answers
 
 
 def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str, pl.Series]:
     """Columns of a request's events, or of one missing event: times as datetimes, since the unit of one request's
-    numbers is not to be told from those of others. UserError for a number that is no time."""
+    numbers is not to be told from those of others. UserError for a missing column or a number that is no time."""
+    missing = [name for name in reader.needed_columns if name not in request.columns]
+    if missing:
+        raise UserError(f"columns: the model reads {' and '.join(missing)} of each event")
+    for name in reader.number_columns:
+        for value in request.columns[name]:
+            if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER):
+                raise UserError(f"columns: {name} {value!r} is no number that the model reads")
     times = {"timestamp", *(each["name"] for each in reader.event_columns if each["kind"] == "time")}
     columns = {}
     for name in reader.needed_columns:
@@ -137,9 +125,7 @@ def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str
         # not strict: categories come as texts and as numbers
         column = pl.Series(name, values, pl.Float64 if name in reader.number_columns else pl.String, strict=False)
         if name in times:
-            if not all(
-                value is None or (not isinstance(value, str) and SECONDS[0] <= value <= SECONDS[1]) for value in values
-            ):
+            if not column.is_between(*SECONDS).all():
                 column = parsed_times(column)  # which takes as long as the rest of a small answer
                 if not column.dtype.is_temporal() and (column.abs() > MAX_NUMBER // 10**6).any():
                     raise UserError(f"columns: {name} holds a number that is no time")
@@ -151,13 +137,10 @@ def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str
 
 
 def _ranked(
-    recommender: Recommender,
-    requests: list[RecommendRequest],
-    columns: list[dict[str, pl.Series]],
-    exclude_seen: bool,
-    everything: bool,
-) -> list[list[dict[str, Any]]]:
-    """Answers to requests of one kind. columns: of each one's events, see `_event_columns`."""
+    recommender: Recommender, requests: list[RecommendRequest], columns: list[dict[str, pl.Series]]
+) -> list[Ranked]:
+    """Answers to requests that agree in exclude_seen and in whether they have candidates. columns: see
+    `_event_columns`."""
     users: list[int] = []
     items: list[str | None] = []
     for number, request in enumerate(requests):
@@ -173,29 +156,24 @@ def _ranked(
         if "next_timestamps" in batch and (at := seconds(request.at)) is not None:
             batch["next_timestamps"][row] = at
     allowed = None
-    if not everything:
-        allowed = [
-            recommender.allowed([str(item) for item in request.candidates or ()], warn=False) for request in requests
-        ]
+    if requests[0].candidates is not None:
+        allowed, _ = recommender.allowed_by_row([[str(each) for each in r.candidates or ()] for r in requests])
     popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
     answered = popular | (batch["lengths"] > 0)
     batch["lengths"][~answered] = 1  # of padding, so that nobody looks for the most popular items
-    scores, ids = recommender.search.best(
-        histories, recommender.queries(histories), max(r.k for r in requests), exclude_seen, allowed
-    )
-    found: list[list[dict[str, Any]]] = []
-    rows = zip(requests, scores.tolist(), ids.tolist(), answered.tolist())
-    for request, row_scores, row_ids, is_answered in rows:
+    k, queries = max(request.k for request in requests), recommender.queries(histories)
+    scores, ids = recommender.search.best(histories, queries, k, requests[0].exclude_seen, allowed)
+    found: list[Ranked] = []
+    for request, row_ids, row_scores, is_answered in zip(requests, ids.tolist(), scores.tolist(), answered.tolist()):
         pairs = list(zip(row_ids, row_scores))[: request.k] if is_answered else []
         found.append([{"item_id": recommender.item_ids[i - 1].as_py(), "score": score} for i, score in pairs if i > 0])
     return found
 
 
-def nearest(recommender: Recommender, request: SimilarRequest) -> dict[str, list[dict[str, Any]]]:
-    """The nearest items ``{"item_id", "score"}`` of each item; UserError for an unknown one."""
-    items = list(dict.fromkeys(str(item) for item in request.items))
-    frame = recommender.similar_items(items, request.k)
-    found: dict[str, list[dict[str, Any]]] = {item: [] for item in items}
+def nearest(recommender: Recommender, request: SimilarRequest) -> dict[str, Ranked]:
+    """The nearest items of each item; UserError for an unknown one."""
+    found: dict[str, Ranked] = {str(item): [] for item in request.items}
+    frame = recommender.similar_items(list(found), request.k)
     for item, near, score in zip(frame["item_id"], frame["similar_id"], frame["score"].tolist()):
         found[item].append({"item_id": near, "score": score})
     return found
@@ -214,14 +192,14 @@ class Batcher:
         if self.waiting.qsize() + self.similar_waiting >= self.limits.max_waiting:
             raise asyncio.QueueFull
 
-    async def ask(self, request: RecommendRequest) -> list[dict[str, Any]]:
+    async def ask(self, request: RecommendRequest) -> Ranked:
         """UserError where the model cannot answer; `asyncio.QueueFull` where too many wait."""
         self._check_room()
         future: asyncio.Future = asyncio.get_running_loop().create_future()
         self.waiting.put_nowait((request, future))
         return await future
 
-    async def ask_similar(self, request: SimilarRequest) -> dict[str, list[dict[str, Any]]]:
+    async def ask_similar(self, request: SimilarRequest) -> dict[str, Ranked]:
         """`nearest` in the thread of the answers; `asyncio.QueueFull` where too many wait."""
         self._check_room()
         self.similar_waiting += 1
@@ -235,18 +213,13 @@ class Batcher:
         loop = asyncio.get_running_loop()
         while True:
             some = [await self.waiting.get()]
-            until = loop.time() + self.limits.wait
-            while len(some) < self.limits.max_batch:
-                try:
-                    some.append(self.waiting.get_nowait())
-                except asyncio.QueueEmpty:
-                    try:
-                        some.append(await asyncio.wait_for(self.waiting.get(), until - loop.time()))
-                    except TimeoutError:
-                        break
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.limits.wait):
+                    while len(some) < self.limits.max_batch:
+                        some.append(await self.waiting.get())
             self.observe(len(some))
             requests = [request for request, _ in some]
-            answers: Sequence[list[dict[str, Any]] | Exception]
+            answers: Sequence[Ranked | Exception]
             try:
                 answers = await loop.run_in_executor(self.thread, answer, self.recommender, requests)
             except Exception as error:
