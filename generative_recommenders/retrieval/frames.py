@@ -61,13 +61,10 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
     """
     if isinstance(histories, Mapping):
         lists = {user: in_order(items, f"the history of user {user!r}") for user, items in histories.items()}
-        users = [user for user, items in lists.items() for _ in items]
-        items = [item for each in lists.values() for item in each]
         # a user without events is still a user
-        empty = [user for user, each in lists.items() if not each]
-        columns = {"user_id": [*users, *empty], "item_id": [*items, *([None] * len(empty))]}
+        rows = [(user, item) for user, items in lists.items() for item in items or [None]]
+        columns = {"user_id": [user for user, _ in rows], "item_id": [item for _, item in rows]}
         frame = pl.DataFrame(columns, strict=False)
-        frame = frame if items else frame.cast({"item_id": pl.String})
         own = frame["user_id"]
         if own.dtype == pl.String and own.n_unique() < len(lists):
             raise UserError(f"{what}: user_id has the same text twice, as 7 and '7'; give each user once")
@@ -87,7 +84,7 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
         raise _large_ids(what)
     if frame["user_id"].null_count():
         raise UserError(f"{what}: user_id is missing in {frame['user_id'].null_count()} rows")
-    return frame.with_columns(whole_ids(frame["item_id"])) if frame["item_id"].dtype.is_float() else frame
+    return frame.with_columns(whole_ids(frame["item_id"]))
 
 
 def parsed_times(times: pl.Series) -> pl.Series:
@@ -108,8 +105,7 @@ def parsed_times(times: pl.Series) -> pl.Series:
     wrong = found.is_null() & times.is_not_null() & ~missing
     if wrong.any():
         raise UserError(
-            f"column {times.name!r}: {times[int(wrong.arg_max() or 0)]!r} is no number, "
-            "and no date like 2023-05-31 14:05"
+            f"column {times.name!r}: {times.filter(wrong)[0]!r} is no number, and no date like 2023-05-31 14:05"
         )
     return found
 
@@ -137,9 +133,9 @@ def as_text(ids: Any) -> pl.Series:
 def as_numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
     """Values as numbers, missing ones stay so; UserError with the first that is none."""
     found = values.cast(kind, strict=False)
-    wrong = found.is_null() & values.is_not_null()
-    if wrong.any():
-        raise UserError(f"column {values.name!r}: {values[int(wrong.arg_max() or 0)]!r} is no number")
+    wrong = values.filter(found.is_null() & values.is_not_null())
+    if len(wrong):
+        raise UserError(f"column {values.name!r}: {wrong[0]!r} is no number")
     return found
 
 
@@ -220,7 +216,7 @@ def answer_frame(
             break
     frame = pl.DataFrame(
         {
-            "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],
+            "user_id": pl.Series(users, strict=False).gather(row.numpy()),
             "item_id": pl.Series(pl.from_arrow(taken)),
             "rank": (column + 1).numpy(),
             "score": scores[row, column].numpy(),

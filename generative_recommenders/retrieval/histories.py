@@ -155,7 +155,7 @@ class HistoryReader:
             wrong = ~fits.fill_null(False)
             if wrong.any():
                 # these columns alone: a time far from now is no datetime of Python
-                event = known.select(name, "user_id", "item_id").row(int(wrong.arg_max() or 0), named=True)
+                event = known.filter(wrong).select(name, "user_id", "item_id").row(0, named=True)
                 raise UserError(
                     f"{name} {event[name]!r} of user {event['user_id']!r}, item {event['item_id']!r} is not {wanted}"
                 )
@@ -220,12 +220,8 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
         # Integers may have become floats, where one is missing or in JSON, which the server hands on as text; a float
         # is a category of its own where the data have it.
         whole = whole_ids(values).cast(pl.String).str.replace(r"^(-?\d{1,15})\.0$", "${1}")
-        ids = pc.coalesce(
-            *(
-                pc.index_in(each.str.strip_chars().to_arrow().cast(pa.large_string()), value_set=known)
-                for each in (text, whole)
-            )
-        )
+        texts = (each.str.strip_chars().to_arrow().cast(pa.large_string()) for each in (text, whole))
+        ids = pc.coalesce(*(pc.index_in(each, value_set=known) for each in texts))
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
     if column["kind"] == "numerical":
         numbers = as_numbers(values, pl.Float64).fill_nan(None)

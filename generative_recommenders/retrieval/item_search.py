@@ -18,6 +18,8 @@ from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
 from generative_recommenders.retrieval.selection import fill, largest
 
+Allowed = torch.Tensor | list[torch.Tensor] | None
+"""Candidates: sorted internal ids ``[R]`` for all rows, or a list of these, one a row; None for the whole catalogue."""
 MAX_SCORES = 1 << 25
 """Scores, or numbers of candidates' embeddings, held at a time, where all are: 128 MiB."""
 
@@ -40,12 +42,12 @@ class ItemSearch:
         queries: Queries,
         k: int,
         exclude_seen: bool = True,
-        allowed: torch.Tensor | list[torch.Tensor] | None = None,
+        allowed: Allowed = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and internal ids ``[B, k]`` of the best items, on the CPU.
 
-        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]``, or B of these, one a row. An
-        empty history gets the most popular items. Places without an item have minus infinity and id 0.
+        queries: of the histories. An empty history gets the most popular items. Places without an item have minus
+        infinity and id 0.
         """
         k, seen = min(k, self.num_items), None
         if exclude_seen:
@@ -56,34 +58,43 @@ class ItemSearch:
             values, ids = self._search(queries, k, seen, allowed)
         else:
             every = torch.arange(len(queries.states))
-            values, ids = self._in_steps(every, partial(self._scores, queries), k, seen, allowed)
+            values, ids = self._by_all_scores(every, partial(self._scores, queries), k, seen, allowed)
         empty = (histories.batch["lengths"] == 0).nonzero()[:, 0]
         if len(empty):
-            values[empty], ids[empty] = self._in_steps(empty, self._popularity, k, seen, allowed)
+            values[empty], ids[empty] = self._by_all_scores(empty, self._popularity, k, seen, allowed)
         return values, ids
 
-    def _in_steps(
+    def _by_all_scores(
         self,
         rows: torch.Tensor,
         score: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
         k: int,
         seen: torch.Tensor | None,
-        allowed: torch.Tensor | list[torch.Tensor] | None,
+        allowed: Allowed,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`best` of some rows by all of their scores, as many rows at a time as `MAX_SCORES` allows.
 
-        score: some rows, and their candidates (see `_best_of_scores`), to scores.
+        score: some rows, and the ids ``[R]`` or ``[n, R]``, padded with 0, of their candidates (None: all items), to
+        their scores ``[n, R]``.
         """
         numbers = self.num_items
         if isinstance(allowed, list):  # whose embeddings are gathered for each row
             numbers = max(numbers, max(map(len, allowed)) * self.snapshot.embeddings.shape[1])
-        found = []
+        values, ids = [], []
         for some in rows.split(max(1, MAX_SCORES // max(1, numbers))):
             own = allowed
             if isinstance(own, list):
                 own = torch.nn.utils.rnn.pad_sequence([own[row] for row in some.tolist()], batch_first=True)
-            found.append(self._best_of_scores(score(some, own), k, None if seen is None else seen[some], own))
-        values, ids = zip(*found)
+            scores = score(some, own)
+            candidates = torch.arange(1, self.num_items + 1) if own is None else own
+            candidates = candidates.expand(len(some), -1)
+            if seen is not None:
+                left_out = torch.zeros(len(some), self.num_items + 1, dtype=torch.bool).scatter_(1, seen[some], True)
+                scores = scores.masked_fill(left_out.gather(1, candidates), -torch.inf)
+            best, columns = largest(scores, k)
+            best, found = fill(best, candidates.gather(1, columns), k)
+            values.append(best)
+            ids.append(found)
         return torch.cat(values), torch.cat(ids)
 
     @torch.no_grad()
@@ -100,19 +111,6 @@ class ItemSearch:
         counts = self.counts.float()
         counts = counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
         return counts.expand(len(rows), -1)
-
-    def _best_of_scores(
-        self, scores: torch.Tensor, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed ``[R]`` or ``[n, R]``, padded
-        with 0."""
-        ids = torch.arange(1, self.num_items + 1) if allowed is None else allowed
-        ids = ids.expand(len(scores), -1)
-        if seen is not None:
-            left_out = torch.zeros(len(scores), self.num_items + 1, dtype=torch.bool)
-            scores = scores.masked_fill(left_out.scatter_(1, seen, True).gather(1, ids), -torch.inf)
-        values, columns = largest(scores, k)
-        return fill(values, ids.gather(1, columns), k)
 
     def _search(
         self, queries: Queries, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None

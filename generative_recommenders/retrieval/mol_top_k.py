@@ -29,11 +29,12 @@ class MoLBruteForceTopK(BruteForceTopK):
     similarity_type = MoLSimilarity
 
 
-class _CandidateTopK(TopKModule):
+@register_top_k("MoLCombTopK")
+class MoLCombTopK(TopKModule):
     """Candidates first, the mixture on those alone: the result never holds more items than there are candidates.
 
-    k_per_group: candidates of each pair of a query's and an item's component.
-    avg_top_k: candidates by the dot product of the components' means.
+    k_per_group: candidates of each of the Pq * Pi pairs of a query's and an item's component. avg_top_k: candidates by
+    the dot product of the components' means.
     """
 
     similarity_type = MoLSimilarity
@@ -41,11 +42,7 @@ class _CandidateTopK(TopKModule):
     rows_at_a_time = 64
 
     def __init__(
-        self,
-        similarity: MoLSimilarity,
-        item_embeddings: torch.Tensor,
-        k_per_group: int = 0,
-        avg_top_k: int = 0,
+        self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size, avg_top_k: Size
     ) -> None:
         super().__init__(similarity, item_embeddings)
         self.k_per_group, self.avg_top_k = k_per_group, avg_top_k
@@ -88,33 +85,16 @@ class _CandidateTopK(TopKModule):
 
 
 @register_top_k("MoLNaiveTopK")
-class MoLNaiveTopK(_CandidateTopK):
-    """Candidates: the k_per_group best items of each of the Pq * Pi pairs of components."""
+class MoLNaiveTopK(MoLCombTopK):
+    """Candidates of pairs of components alone. k_per_group: candidates of each pair."""
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size) -> None:
-        super().__init__(similarity, item_embeddings, k_per_group)
+        super().__init__(similarity, item_embeddings, k_per_group, 0)
 
 
 @register_top_k("MoLAvgTopK")
-class MoLAvgTopK(_CandidateTopK):
-    """Candidates: the best items by the dot product of the components' means.
-
-    avg_top_k: candidates of a query.
-    """
+class MoLAvgTopK(MoLCombTopK):
+    """Candidates by the components' means alone. avg_top_k: candidates of a query."""
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: Size) -> None:
-        super().__init__(similarity, item_embeddings, avg_top_k=avg_top_k)
-
-
-@register_top_k("MoLCombTopK")
-class MoLCombTopK(_CandidateTopK):
-    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together.
-
-    k_per_group: candidates of each pair of a query and an item component. avg_top_k: candidates by the components'
-    means.
-    """
-
-    def __init__(
-        self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size, avg_top_k: Size
-    ) -> None:
-        super().__init__(similarity, item_embeddings, k_per_group, avg_top_k)
+        super().__init__(similarity, item_embeddings, 0, avg_top_k)

@@ -45,7 +45,7 @@ from generative_recommenders.retrieval.frames import (
     whole_ids,
 )
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
-from generative_recommenders.retrieval.item_search import ItemSearch
+from generative_recommenders.retrieval.item_search import Allowed, ItemSearch
 from generative_recommenders.retrieval.new_items import add_rows
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.session import Session
@@ -164,7 +164,7 @@ class Recommender:
             raise UserError(f"fallback {fallback!r} is unknown; known: popular")
         users, values, ids, numeric = [], [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)], False
         lists = None if candidates is None else candidate_lists(candidates)
-        allowed: torch.Tensor | list[torch.Tensor] | None = self.allowed(lists) if isinstance(lists, list) else None
+        allowed: Allowed = self.allowed(lists) if isinstance(lists, list) else None
         unknown = 0
         for some, queries in self._queries(histories, at, keep_empty=fallback == "popular"):
             if isinstance(lists, dict):

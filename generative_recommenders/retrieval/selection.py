@@ -50,7 +50,7 @@ def scan(
     Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; where a
     row has fewer than k items, minus infinity and id 0.
     """
-    values, ids = None, None
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, max(num_items, 1), block):
         scores = score_items(start, min(start + block, num_items))
         if seen_ids is not None:
@@ -58,14 +58,12 @@ def scan(
             rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(as_tuple=True)
             scores[rows, columns[rows, places]] = -torch.inf
         best, columns = largest(scores, k)
-        if values is None or ids is None:
-            values, ids = best, columns + 1
-            continue
-        candidates = torch.cat([ids, columns + (start + 1)], dim=1)
-        values, order = largest(torch.cat([values, best], dim=1), k)
-        ids = candidates.gather(1, order)
-    assert values is not None and ids is not None
-    return fill(values, ids, k)
+        found.append((best, columns + (start + 1)))
+        if len(found) == 2:
+            values, ids = (torch.cat(each, dim=1) for each in zip(*found))
+            values, order = largest(values, k)
+            found = [(values, ids.gather(1, order))]
+    return fill(*found[0], k)
 
 
 def fill(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
