@@ -146,29 +146,16 @@ class ModelEvaluation:
     def _evaluator(self, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool] = never) -> Evaluator:
         """part: "validation" or "test". sample: number of batches to draw users for, and of the draw; None for
         everyone."""
-        world, split = self.collectives, self.split
-        targets, unseen = split.test_targets, split.unseen_test_targets
-        if part == "validation":
-            targets, unseen = split.validation_targets, split.unseen_validation_targets
-        evaluation, data = self.settings.evaluation, self.settings.data
-        batch_size = min(evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size)
-        if evaluation.eval_users is not None:
-            targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
-        users = np.flatnonzero(targets >= 0)
+        world, settings = self.collectives, self.settings
+        targets, missed = measured_targets(settings, self.split, part)
+        batch_size, users = evaluation_batch_size(settings), np.flatnonzero(targets >= 0)
         if sample is not None and sample[0] * batch_size < len(users):
             # Another sample for each validation, the same on all processes and after a resume.
-            seeds = np.random.SeedSequence([self.settings.schedule.random_seed, sample[1]])
+            seeds = np.random.SeedSequence([settings.schedule.random_seed, sample[1]])
             drawn = np.random.Generator(np.random.Philox(seeds)).permutation(users)
             users = np.sort(drawn[: sample[0] * batch_size])
-        loader = EvaluationLoader(
-            self.dataset,
-            targets,
-            data.max_sequence_length,
-            batch_size,
-            world.rank,
-            world.world_size,
-            users,
-        )
+        window = settings.data.max_sequence_length
+        loader = EvaluationLoader(self.dataset, targets, window, batch_size, world.rank, world.world_size, users)
         total = len(loader)
 
         def shown(left: EvaluationLoader) -> Iterable[dict[str, torch.Tensor]]:
@@ -176,8 +163,8 @@ class ModelEvaluation:
             return progress_bar(left, total, "evaluation", total - len(left), world.is_main)
 
         return Evaluator(
-            loader, self.dataset.num_items, self.seen_filter, world,
-            None if data.protocol == "paper" else torch.from_numpy(unseen), evaluation.rating_threshold, shown, stop,
+            loader, self.dataset.num_items, self.seen_filter, world, torch.from_numpy(missed),
+            settings.evaluation.rating_threshold, shown, stop,
         )  # fmt: skip
 
     def _of_model(
@@ -259,6 +246,24 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
 
     encoded = torch.inference_mode()(queries)
     return ProductScores(encoded, operands[1], model.items.shard, similarity.score_dtype)
+
+
+def measured_targets(settings: RunSettings, split: Split, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the targets of a part, "validation" or "test", ``[U]``, -1 for users without one or outside the
+    sample of ``train_fn.eval_users``; and ``[U]`` bool, which are misses whatever their score."""
+    targets, unseen = split.test_targets, split.unseen_test_targets
+    if part == "validation":
+        targets, unseen = split.validation_targets, split.unseen_validation_targets
+    if settings.evaluation.eval_users is not None:
+        targets = of_sample(targets, settings.evaluation.eval_users, settings.schedule.random_seed)
+    # In protocol "paper" targets that training never saw rank as they are scored.
+    return targets, unseen & (settings.data.protocol != "paper")
+
+
+def evaluation_batch_size(settings: RunSettings) -> int:
+    """Users encoded together."""
+    size = settings.evaluation.eval_batch_size
+    return min(size, settings.evaluation.eval_user_max_batch_size or size)
 
 
 def of_sample(targets: np.ndarray, users: int, seed: int) -> np.ndarray:

@@ -83,10 +83,7 @@ class ComputeMetricsCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        logits, candidates = outputs["logits"], _candidates(batch, pl_module)
-        _set_candidates(self.postprocessors, candidates)
-        for each in self.postprocessors:
-            logits = each.on_validation(batch, logits)
+        logits, candidates = _processed(outputs["logits"], batch, pl_module, self.postprocessors, "on_validation")
         scores, items = top_items(logits, max(self.ks), candidates)
         # Ids of candidates are larger than their number.
         scored = logits.shape[1] if candidates is None else 1 + int(candidates.max())
@@ -182,10 +179,7 @@ class TopItemsCallback(_PredictionCallback):
 
     def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         """Items ``[B, k]``, their scores ``[B, k]``, and query ids ``[B]`` where there is a column of them."""
-        logits, candidates = outputs["logits"], _candidates(batch, pl_module)
-        _set_candidates(self.postprocessors, candidates)
-        for each in self.postprocessors:
-            logits = each.on_prediction(batch, logits)
+        logits, candidates = _processed(outputs["logits"], batch, pl_module, self.postprocessors, "on_prediction")
         scores, items = top_items(logits, self.top_k, candidates)
         if not self.query_column:
             return items, scores
@@ -293,13 +287,14 @@ def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
     return batch[name]
 
 
-def _set_candidates(postprocessors: Sequence[Postprocessor], candidates: torch.Tensor | None) -> None:
-    for each in postprocessors:
-        # Before every batch, which may have candidates of its own.
-        each.candidates = candidates  # type: ignore[attr-defined]
-
-
-def _candidates(batch: Batch, pl_module: LightningModule) -> torch.Tensor | None:
-    """The item of each column of a batch's scores, None where column j is item j."""
+def _processed(
+    logits: torch.Tensor, batch: Batch, pl_module: LightningModule, postprocessors: Sequence[Postprocessor], stage: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores after the postprocessors' method of this name, and the item of each of their columns, None where column j
+    is item j."""
     own = batch.get("candidates_to_score")
-    return getattr(pl_module, "candidates_to_score", None) if own is None else own
+    candidates = getattr(pl_module, "candidates_to_score", None) if own is None else own
+    for each in postprocessors:
+        each.candidates = candidates  # type: ignore[attr-defined]
+        logits = getattr(each, stage)(batch, logits)
+    return logits, candidates

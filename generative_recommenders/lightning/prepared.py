@@ -28,7 +28,7 @@ from generative_recommenders.data.loader import (
 )
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.evaluation.model_evaluation import of_sample
+from generative_recommenders.evaluation.model_evaluation import evaluation_batch_size, measured_targets
 from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.lightning.parquet import place_of
 
@@ -74,12 +74,10 @@ class DataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation targets; in protocol "paper" there are none and the test targets are taken."""
-        if self.settings.data.protocol == "paper":
-            return self.test_dataloader()
-        return self._targets(self.split.validation_targets, self.split.unseen_validation_targets)
+        return self._targets(self.settings.measured_part)
 
     def test_dataloader(self) -> Any:
-        return self._targets(self.split.test_targets, self.split.unseen_test_targets)
+        return self._targets("test")
 
     def predict_dataloader(self) -> Any:
         """All events of every user, for recommendations of what comes next, as of ``--mode=predict``."""
@@ -98,18 +96,15 @@ class DataModule(lightning.LightningDataModule):
 
         return _Batches(math.ceil(len(mine) / size), batches)
 
-    def _targets(self, targets: np.ndarray, unseen: np.ndarray) -> _Batches:
+    def _targets(self, part: str) -> _Batches:
         """Histories before a target, with it and with what is removed from the ranking."""
-        data, evaluation, (rank, world) = self.settings.data, self.settings.evaluation, place_of(self.trainer)
-        size = min(evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size)
-        if evaluation.eval_users is not None:
-            targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
+        settings, (rank, world) = self.settings, place_of(self.trainer)
+        targets, missed = measured_targets(settings, self.split, part)
         # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
         mine = np.flatnonzero(targets >= 0)[rank::world]
-        loader = EvaluationLoader(self.dataset, targets, data.max_sequence_length, size, users=mine)
-        seen_filter = build_part(self.settings, SEEN_FILTERS, evaluation.seen_filter, {})
-        # In protocol "paper" targets that training never saw rank as they are scored.
-        missed = np.zeros_like(unseen) if data.protocol == "paper" else unseen
+        size = evaluation_batch_size(settings)
+        loader = EvaluationLoader(self.dataset, targets, settings.data.max_sequence_length, size, users=mine)
+        seen_filter = build_part(settings, SEEN_FILTERS, settings.evaluation.seen_filter, {})
 
         def batches() -> Iterator[dict[str, Any]]:
             for columns in loader:
