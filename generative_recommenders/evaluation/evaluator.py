@@ -105,15 +105,14 @@ class EvaluationResult:
 class RankedUsers:
     """Users with what their ranks need beside scores.
 
-    user_ids: ``[B]``. batch: columns of the loader. targets: ``[B]`` ids, 0 (no item, so a miss) for the missed ones.
-    removed: what the seen filter takes out; removed_targets: ``[B]`` bool, whether the target is among that.
+    user_ids: ``[B]``. batch: columns of the loader. targets: ``[B]`` ids, or what is no item and so a miss: -1 where
+    the seen filter takes the target out, 0 where it is missed otherwise. removed: what the seen filter takes out.
     """
 
     user_ids: torch.Tensor
     batch: Mapping[str, torch.Tensor]
     targets: torch.Tensor
     removed: SeenItems
-    removed_targets: torch.Tensor
 
     def to(self, device: torch.device) -> RankedUsers:
         """The same with all that a model reads on a device, but for the lengths, which lay out its tokens."""
@@ -123,21 +122,16 @@ class RankedUsers:
     def rows(self, start: int, stop: int) -> RankedUsers:
         """The users [start, stop) of these."""
         some = slice(start, stop)
-        return RankedUsers(
-            self.user_ids[some], {name: x[some] for name, x in self.batch.items()}, self.targets[some],
-            self.removed.rows_between(start, stop), self.removed_targets[some],
-        )  # fmt: skip
+        batch = {name: x[some] for name, x in self.batch.items()}
+        return RankedUsers(self.user_ids[some], batch, self.targets[some], self.removed.rows_between(start, stop))
 
     def concatenate(self, others: RankedUsers) -> RankedUsers:
         """These users and others, whose batches have the same columns."""
         rows = torch.cat([self.removed.rows, others.removed.rows + len(self.user_ids)])
         removed = SeenItems(rows, torch.cat([self.removed.ids, others.removed.ids]))
-        return RankedUsers(
-            torch.cat([self.user_ids, others.user_ids]),
-            {name: torch.cat([x, others.batch[name]]) for name, x in self.batch.items()},
-            torch.cat([self.targets, others.targets]), removed,
-            torch.cat([self.removed_targets, others.removed_targets]),
-        )  # fmt: skip
+        batch = {name: torch.cat([x, others.batch[name]]) for name, x in self.batch.items()}
+        user_ids, targets = torch.cat([self.user_ids, others.user_ids]), torch.cat([self.targets, others.targets])
+        return RankedUsers(user_ids, batch, targets, removed)
 
 
 class Evaluator:
@@ -174,21 +168,16 @@ class Evaluator:
         """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for
         list metrics too. progress: what keeps the ranks of an evaluation that is stopped.
         """
-        shard, stop = score.shard if isinstance(score, ProductScores) else None, self.stop
-        if shard is not None:  # processes rank the same users together: none may leave off alone
-
-            def stop() -> bool:
-                return self.collectives.any(self.stop())
-
+        sharded = isinstance(score, ProductScores) and score.shard is not None
         measured = torch.zeros(len(self.loader.targets), dtype=torch.int64)
         # Ranks begin at 1, so that 0 says not yet and a sum over processes joins them.
         known = torch.zeros_like(measured) if progress is None else progress.load(len(measured))
         self.loader.leave_out(known.numpy() > 0)
         for users, ranks in self._measured(score, lists):
             # One past a miss: a miss because the filter took the target out.
-            marked = ranks.cpu().masked_fill(users.removed_targets, self.num_items + 2)
-            measured[users.user_ids - 1] = marked
-            if stop():
+            measured[users.user_ids - 1] = ranks.cpu().masked_fill(users.targets.cpu() < 0, self.num_items + 2)
+            # Where a catalogue is sharded, processes rank the same users together: none may leave off alone.
+            if self.collectives.any(self.stop()) if sharded else self.stop():
                 break
             if progress is not None and progress.due:
                 progress.save(measured.where(measured > 0, known))
@@ -214,14 +203,13 @@ class Evaluator:
     def prepared(self) -> Iterator[RankedUsers]:
         """The loader's batches, each with what its ranks need beside scores."""
         for batch in self.shown(self.loader):
-            user_ids = batch["user_ids"]
+            user_ids, targets = batch["user_ids"], batch["target_ids"]
             pairs = self.seen_filter.removed(batch, self.loader.histories(user_ids.numpy() - 1))
             removed = SeenItems.none() if pairs is None else SeenItems.of(*pairs, self.num_items)
-            targets = batch["target_ids"]
             taken = removed.contains(targets)
-            if self.missed_targets is not None:  # id 0 is no item, so a miss
+            if self.missed_targets is not None:
                 targets = targets.masked_fill(self.missed_targets[user_ids - 1], 0)
-            yield RankedUsers(user_ids, batch, targets, removed, taken)
+            yield RankedUsers(user_ids, batch, targets.masked_fill(taken, -1), removed)
 
     def _measured(self, score: Score | Ranker, lists: TopLists | None) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
         """Users and the ranks ``[n]`` of their targets, as they are found."""
@@ -287,15 +275,12 @@ def _of_all_processes(
     while collectives.any((own := next(batches, None)) is not None):
         queries = score.queries({} if own is None else own.batch)
         if own is None:
-            own = RankedUsers(none, {}, none, SeenItems.none(), none.bool())
+            own = RankedUsers(none, {}, none, SeenItems.none())
         sizes = gather(torch.tensor([len(own.user_ids)]))
         first = int(sizes[: collectives.rank].sum())
         pairs = own.removed.to("cpu")
         removed = SeenItems(gather(pairs.rows + first), gather(pairs.ids))
-        yield RankedUsers(
-            gather(own.user_ids), {"queries": gather(queries)}, gather(own.targets.cpu()),
-            removed, gather(own.removed_targets),
-        )  # fmt: skip
+        yield RankedUsers(gather(own.user_ids), {"queries": gather(queries)}, gather(own.targets.cpu()), removed)
 
 
 def _regrouped(parts: Iterable[RankedUsers], size: int) -> Iterator[RankedUsers]:

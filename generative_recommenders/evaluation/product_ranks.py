@@ -54,7 +54,7 @@ def product_ranks(
     for start in range(0, len(queries), USERS):
         rows = slice(start, start + USERS)
         own = None if seen is None else seen.rows_between(start, start + USERS)
-        parts.append(_ranks_of_block(queries[rows], items, target_ids[rows], own, shard, dtype))
+        parts.append(_BlockOfUsers(queries[rows], items, target_ids[rows], own, shard, dtype).ranks())
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -85,44 +85,8 @@ def product_ranks_reference(
     return torch.where(candidate, 1 + shard.total(ahead), shard.num_items + 1)
 
 
-def _ranks_of_block(
-    queries: torch.Tensor,
-    items: torch.Tensor,
-    target_ids: torch.Tensor,
-    seen: SeenItems | None,
-    shard: RowShard | None,
-    dtype: torch.dtype | None,
-) -> torch.Tensor:
-    count, num_items = len(queries), len(items) if shard is None else shard.num_items
-    before = 0 if shard is None else shard.before
-
-    def total(own: torch.Tensor) -> torch.Tensor:
-        return own if shard is None else shard.total(own)
-
-    candidate = candidates(target_ids, num_items, seen)
-    misses = torch.full((count,), num_items + 1)
-    if not candidate.any():
-        return misses
-    users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen, before, dtype)
-    # A separate product may differ from the block's own in the last bit, and what is compared must be the block's own.
-    expected = total(users.target_scores()).where(candidate, torch.nan)
-    ahead, own = users.count_ahead(expected)
-    own = total(own).where(candidate, torch.nan)
-    if not ((expected == own) | (expected.isnan() & own.isnan())).all():
-        ahead, _ = users.count_ahead(own)
-    ranks = torch.where(candidate, 1 + total(ahead), misses)
-    for row in (candidate & (own == -torch.inf)).nonzero()[:, 0].tolist():  # below it there is no number
-        alone = None if seen is None else seen.rows_between(row, row + 1)
-        scores = rounded(queries[row : row + 1] @ items.T, dtype)
-        target = own[row : row + 1], target_ids[row : row + 1]
-        ranks[row] = 1 + total(count_ahead(scores, before + 1, *target, alone))
-    return ranks
-
-
 class _BlockOfUsers:
-    """At most `USERS` users, filled up with zeros, against items that ``before`` others of a catalogue lie in front of.
-    target_ids: 0 for none.
-    """
+    """At most `USERS` users, filled up with zeros, against the items of this process."""
 
     def __init__(
         self,
@@ -130,25 +94,52 @@ class _BlockOfUsers:
         items: torch.Tensor,
         target_ids: torch.Tensor,
         seen: SeenItems | None,
-        before: int,
+        shard: RowShard | None,
         dtype: torch.dtype | None,
     ) -> None:
-        self.count, self.items, self.target_ids, self.dtype = len(queries), items, target_ids, dtype
-        self.places = target_ids - before - 1
-        self.held = (target_ids > 0) & (self.places >= 0) & (self.places < len(items))
+        self.queries, self.items, self.seen, self.shard, self.dtype = queries, items, seen, shard, dtype
+        self.count, self.width = len(queries), min(ITEMS, len(items))
+        self.num_items, self.before = (len(items), 0) if shard is None else (shard.num_items, shard.before)
+        self.candidate = candidates(target_ids, self.num_items, seen)
+        self.target_ids = target_ids.where(self.candidate, 0)  # 0 for none
+        self.places = self.target_ids - self.before - 1
+        self.held = self.candidate & (self.places >= 0) & (self.places < len(items))
         self.columns = F.pad(queries, (0, 0, 0, USERS - self.count)).T.contiguous()
         edges = torch.tensor([*range(0, len(items), ITEMS), len(items)])
         place, self.place_rows = self.places.sort(stable=True)
         self.target_bounds = torch.searchsorted(place, edges).tolist()
         none = torch.zeros(0, dtype=torch.int64)
         seen_ids, order = (none, none) if seen is None else seen.ids.sort(stable=True)
-        first, last = torch.searchsorted(seen_ids - before - 1, edges[[0, -1]]).tolist()
+        first, last = torch.searchsorted(seen_ids - self.before - 1, edges[[0, -1]]).tolist()
         self.seen_ids, order = seen_ids[first:last], order[first:last]
         self.seen_rows = none if seen is None else seen.rows[order]
-        seen_places = self.seen_ids - before - 1
+        seen_places = self.seen_ids - self.before - 1
         self.seen_bounds = torch.searchsorted(seen_places, edges).tolist()
         self.seen_cells = seen_places % ITEMS * USERS + self.seen_rows
-        self.width = min(ITEMS, len(items))
+
+    def ranks(self) -> torch.Tensor:
+        """``[n]`` int64, `product_ranks` of these users."""
+        misses = torch.full((self.count,), self.num_items + 1)
+        if not self.candidate.any():
+            return misses
+        # A separate product may differ from the block's own in the last bit, and what is compared must be the block's
+        # own.
+        expected = self._total(self.target_scores()).where(self.candidate, torch.nan)
+        ahead, own = self.count_ahead(expected)
+        own = self._total(own).where(self.candidate, torch.nan)
+        if not ((expected == own) | (expected.isnan() & own.isnan())).all():
+            ahead, _ = self.count_ahead(own)
+        ranks = torch.where(self.candidate, 1 + self._total(ahead), misses)
+        for row in (own == -torch.inf).nonzero()[:, 0].tolist():  # below it there is no number
+            alone = None if self.seen is None else self.seen.rows_between(row, row + 1)
+            scores = rounded(self.queries[row : row + 1] @ self.items.T, self.dtype)
+            target = own[row : row + 1], self.target_ids[row : row + 1]
+            ranks[row] = 1 + self._total(count_ahead(scores, self.before + 1, *target, alone))
+        return ranks
+
+    def _total(self, own: torch.Tensor) -> torch.Tensor:
+        """Summed over the processes that hold items."""
+        return own if self.shard is None else self.shard.total(own)
 
     def target_scores(self) -> torch.Tensor:
         """``[n]``: the targets' scores by a product of their own, 0 for those that are not here."""
