@@ -65,7 +65,7 @@ def test_the_standard_error_is_that_of_means_of_samples() -> None:
         return made
 
     means, errors = [], []
-    for _ in range(2000):
+    for _ in range(1000):
         sample = histogram(population[torch.randperm(400, generator=generator)[:100]])
         means.append(sample.compute())
         errors.append(sample.standard_errors(400))

@@ -105,7 +105,8 @@ def test_unknown_items_and_users(rec: Recommender, caplog: pytest.LogCaptureFixt
     assert answer["user_id"].unique().tolist() == ["a"]
     assert "1 users have no item" in caplog.text or "2 users have no item" in caplog.text
     assert "2 events of items" in caplog.text or "3 events of items" in caplog.text
-    popular = rec.recommend({"a": ["i00001"], "b": ["who"]}, k=2, fallback="popular")
+    popular = rec.recommend({"c": [], "a": ["i00001"], "b": ["who"]}, k=2, fallback="popular")
+    assert popular["user_id"].unique().tolist() == ["c", "a", "b"]
     counts = pd.Series(rec.counts.tolist(), index=rec.item_ids.to_pylist())
     assert counts[popular[popular["user_id"] == "b"]["item_id"].iloc[0]] == counts.max()
 

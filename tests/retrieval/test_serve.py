@@ -227,8 +227,13 @@ def server(run: Path) -> Iterator[Server]:
         pytest.importorskip(name)
     server = Server(run)
     yield server
-    server.process.kill()
-    server.process.wait()
+    # It ends when it is told to, and says nothing.
+    server.process.send_signal(signal.SIGTERM)
+    try:
+        assert server.process.wait(timeout=30) in (0, -signal.SIGTERM)
+        assert "Traceback" not in server.process.stderr.read()
+    finally:
+        server.process.kill()
 
 
 def test_answers_over_http(server: Server, rec: Recommender) -> None:
@@ -282,22 +287,6 @@ def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
     assert "batch_size_bucket" in text and "request_seconds_bucket" in text
 
 
-def test_it_ends_when_it_is_told_to(run: Path) -> None:
-    for name in ("fastapi", "uvicorn", "prometheus_client"):
-        pytest.importorskip(name)
-    server = Server(run)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(timeout=30) in (0, -signal.SIGTERM)
-    assert "Traceback" not in server.process.stderr.read()
-
-
-def test_a_folder_without_a_run_reports_one_line_error(tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn")
-    command = [sys.executable, "-m", "generative_recommenders.serve", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
-
-
 @pytest.mark.parametrize(("host", "words"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "--host=no.such")])
 def test_an_address_that_is_not_free_is_told_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, words: str
@@ -310,21 +299,33 @@ def test_an_address_that_is_not_free_is_told_before_the_model_is_loaded(
     assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err
 
 
-def test_a_fault_of_the_system_reports_one_line_error(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def port() -> str:
+    """The flag of a port that is free."""
     pytest.importorskip("uvicorn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = f"--port={free.getsockname()[1]}"
-    assert serve.main(["x" * 300, port]) == 2
-    assert "File name too long" in capsys.readouterr().err
+        return f"--port={free.getsockname()[1]}"
 
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["."], "is no folder of a run"), (["x" * 300], "File name too long"), ([".", "--port=0"], "from 1 to 65535")],
+)
+def test_faults_of_the_command_report_one_line(
+    capsys: pytest.CaptureFixture[str], port: str, arguments: list[str], words: str
+) -> None:
+    assert serve.main([port, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and words in printed
+
+
+def test_a_model_that_memory_does_not_hold_reports_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, port: str
+) -> None:
     def too_large(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(serve.Recommender, "load", too_large)
     assert serve.main(["run", port]) == 1
     assert capsys.readouterr().err.count("\n") == 1
-    assert serve.main(["run", "--port=0"]) == 2
-    assert "--port from 1 to 65535" in capsys.readouterr().err
