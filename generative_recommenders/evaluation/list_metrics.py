@@ -206,8 +206,8 @@ class TopLists:
     ) -> None:
         """Users with their scores ``[n, V]``, each once over all calls and processes.
 
-        user_ids: ``[n]``. target_ids: ``[n]`` or ``[n, G]`` the relevant items, 0 for none. removed: items that are no
-        candidates. history: items that are not new to the user. A score of -inf or NaN is no candidate either.
+        user_ids: ``[n]``. target_ids: ``[n]`` the relevant items, below 1 for none. removed: items that are not
+        candidates. history: items that are not new to the user. An item scored -inf or NaN is not a candidate either.
         """
         if len(removed.rows):
             scores = scores.clone()
@@ -219,8 +219,7 @@ class TopLists:
         self, ids: torch.Tensor, user_ids: torch.Tensor, target_ids: torch.Tensor, history: SeenItems
     ) -> None:
         """Users with their lists ``ids [n, k]``, best first, 0 where there is none; the rest as in `add`."""
-        relevant_ids = target_ids[:, None] if target_ids.ndim == 1 else target_ids
-        self.metrics.add(ids, relevant_ids, ids * history.contains(ids))
+        self.metrics.add(ids, target_ids[:, None], ids * history.contains(ids))
         rows = torch.isin(user_ids, self.compared_users, assume_unique=True)
         self.compared.append(torch.cat([user_ids[rows, None], ids[rows]], dim=1))
 

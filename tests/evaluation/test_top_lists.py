@@ -125,51 +125,33 @@ def test_two_processes_equal_one() -> None:
 
 @pytest.mark.parametrize("k", [1, 5, 40])
 @pytest.mark.parametrize("levels", [3, 1000])
-def test_any_number_of_targets(k: int, levels: int) -> None:
-    """Few levels of scores: ties everywhere. k = 40: more than the catalogue. Some users have no target at all."""
+def test_lists_are_those_of_a_sort(k: int, levels: int) -> None:
+    """Few levels of scores: ties everywhere. k = 40: more than the catalogue. Some users have no target."""
     generator = torch.Generator().manual_seed(k + levels)
-    users, width = 50, 6
-    scores = torch.randint(0, levels, (users, ITEMS), generator=generator).float()
-    targets = torch.randint(0, ITEMS + 1, (users, width), generator=generator)  # repeats too
-    targets[torch.rand(users, width, generator=generator) < 0.5] = 0
+    users = torch.arange(50)
+    scores = torch.randint(0, levels, (50, ITEMS), generator=generator).float()
+    targets = torch.randint(0, ITEMS + 1, (50,), generator=generator)
     targets[::7] = 0
-    removed = torch.randint(0, ITEMS + 1, (users, 4), generator=generator)
-    lists = TopLists(k, ITEMS, torch.arange(users))
-    for part in (slice(0, 20), slice(20, users)):
-        lists.add(
-            scores[part],
-            torch.arange(users)[part],
-            targets[part],
-            padded(removed[part]),
-            padded(removed[part]),
-        )
-    best = torch.zeros(users, ITEMS, dtype=torch.int64)
-    for user in range(users):
+    removed = torch.randint(0, ITEMS + 1, (50, 4), generator=generator)
+    lists = TopLists(k, ITEMS, users)
+    for some in users.split(20):
+        lists.add(scores[some], some, targets[some], padded(removed[some]), padded(removed[some]))
+    best = torch.zeros(50, ITEMS, dtype=torch.int64)
+    for user in range(50):
         candidates = sorted(set(range(1, ITEMS + 1)) - set(removed[user].tolist()))
         order = sorted(candidates, key=lambda item: (-float(scores[user, item - 1]), item))
         best[user, : len(order)] = torch.tensor(order)
     actual = lists.compute(Collectives())
-    for name, values in accuracy_metrics(best, targets, k).items():
+    for name, values in accuracy_metrics(best, targets[:, None], k).items():
         assert actual[f"{name}@{k}"] == pytest.approx(float(values.mean())), name
 
 
-@pytest.mark.parametrize("width", [0, 3])
-def test_no_targets_at_all(width: int) -> None:
-    lists = TopLists(3, ITEMS, torch.tensor([1, 2]))
-    none = torch.zeros(2, width, dtype=torch.int64)
-    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, SeenItems.none(), padded(none))
-    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], SeenItems.none(), padded(none[:0]))
+def test_no_targets_at_all() -> None:
+    lists, none = TopLists(3, ITEMS, torch.tensor([1, 2])), torch.zeros(2, dtype=torch.int64)
+    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, SeenItems.none(), SeenItems.none())
+    lists.add(torch.rand(0, ITEMS), none[:0], none[:0], SeenItems.none(), SeenItems.none())
     metrics = lists.compute(Collectives())
     assert (metrics["recall@3"], metrics["ndcg@3"], metrics["novelty@3"]) == (0, 0, 1)
-
-
-def test_one_target_in_a_column_is_one_target() -> None:
-    scores, users = torch.rand(9, ITEMS, generator=torch.Generator().manual_seed(4)), torch.arange(9)
-    targets = torch.arange(9)
-    flat, wide = TopLists(4, ITEMS, users), TopLists(4, ITEMS, users)
-    for lists, given in ((flat, targets), (wide, torch.nn.functional.pad(targets[:, None], (2, 1)))):
-        lists.add(scores, users, given, SeenItems.none(), padded(targets[:, None]))
-    assert flat.compute(Collectives()) == wide.compute(Collectives())
 
 
 def test_a_process_without_users() -> None:
@@ -195,12 +177,12 @@ def test_diversity_of_many_users_compares_evenly_spaced_ones(monkeypatch: pytest
     users = torch.arange(1, 2 * len(drawn), 2)
     collectors = [TopLists(5, ITEMS, users) for _ in range(processes)]
     for number, rows in enumerate(torch.randperm(2000, generator=generator).split(128)):
-        given = drawn[rows], users[rows], drawn[rows, :1], SeenItems.none()
+        given = drawn[rows], users[rows], drawn[rows, 0], SeenItems.none()
         collectors[number % processes].add_lists(*given)
     found = collectors[0].compute(Recorded(collectors[1]) if processes == 2 else Collectives())["diversity@5"]
     assert found == diversity(drawn[torch.arange(300) * 2000 // 300])
     assert found == pytest.approx(diversity(drawn), abs=0.01)
     monkeypatch.undo()
     every = TopLists(5, ITEMS, users)
-    every.add_lists(drawn, users, drawn[:, :1], SeenItems.none())
+    every.add_lists(drawn, users, drawn[:, 0], SeenItems.none())
     assert every.compute(Collectives())["diversity@5"] == diversity(drawn)
