@@ -20,24 +20,23 @@ Output = Literal["pandas", "polars", "spark", "torch"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
 
 MAX_NUMBER = 1 << 53
-"""Numbers, times among them, lie between this and its negative: whole ones that JSON and floats keep."""
+"""Largest magnitude of numbers, times among them: up to here JSON and floats hold every whole one."""
 
 SECONDS = 22_000_102, 10**11 - 1
-"""Times from the one to the other are seconds, whatever lies beside them: smaller ones may be dates as 20230531, larger
-ones milliseconds."""
+"""Numbers in this range are always seconds: smaller ones may be dates such as 20230531, larger ones milliseconds."""
 
 _FIRST_TIMES = 1000
-"""Times by which the form of a column is recognised."""
+"""Times that the format of a column is recognised from."""
 
 
 def is_table(given: Any) -> bool:
-    """Whether it is a table of pandas, polars, pyarrow or Spark."""
+    """Whether this is a pandas, polars, pyarrow or Spark table."""
     tables = (pd.DataFrame, pl.DataFrame, pl.LazyFrame, pa.Table, pa.RecordBatch)
     return isinstance(given, tables) or hasattr(given, "toPandas")
 
 
 def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
-    """A table (see `is_table`), or what pandas makes one of; UserError for anything else."""
+    """A table (see `is_table`), or whatever pandas turns into one; UserError for anything else."""
     if isinstance(given, pl.LazyFrame):
         return given.collect()
     if isinstance(given, pl.DataFrame):
@@ -54,10 +53,10 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
 
 
 def history_frame(histories: Any, further: Iterable[str] = (), what: str = "histories") -> pl.DataFrame:
-    """Histories as one row an event, with those of the further columns that there are.
+    """Histories as one row per event, with as many of the further columns as they have.
 
-    UserError where ``user_id`` or ``item_id`` is no column, ids of users are missing or one user's twice, or values are
-    lists.
+    UserError where ``user_id`` or ``item_id`` is missing as a column, a user's id is missing or given twice, or values
+    are lists.
     """
     if isinstance(histories, Mapping):
         lists = {user: in_order(items, f"the history of user {user!r}") for user, items in histories.items()}
@@ -88,9 +87,9 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
 
 
 def parsed_times(times: pl.Series) -> pl.Series:
-    """Times as preparation reads them, so that their order is that of time: text, numbers as 20230531 and numbers of
-    other units than seconds as datetimes, by the form of the first ones; numbers of seconds and datetimes as they are.
-    UserError with the first that is none."""
+    """Times as preparation reads them, so that they sort by time: seconds and datetimes unchanged; text, numbers such
+    as 20230531 and other units as datetimes, in the format of the first values. UserError naming the first value that
+    does not fit."""
     if times.dtype.is_temporal():
         return times
     is_text = times.dtype == pl.String
@@ -105,7 +104,7 @@ def parsed_times(times: pl.Series) -> pl.Series:
     wrong = found.is_null() & times.is_not_null() & ~missing
     if wrong.any():
         raise UserError(
-            f"column {times.name!r}: {times.filter(wrong)[0]!r} is no number, and no date like 2023-05-31 14:05"
+            f"column {times.name!r}: {times.filter(wrong)[0]!r} is neither a number nor a date like 2023-05-31 14:05"
         )
     return found
 
@@ -116,31 +115,31 @@ def whole_seconds(times: pl.Series) -> pl.Series:
 
 
 def whole_ids(ids: pl.Series) -> pl.Series:
-    """Ids that are floats as integers, where all are whole: pandas makes floats of a column in which one is missing."""
+    """Float ids as integers, where all are whole: pandas turns a column of integers into floats if one is missing."""
     if not ids.dtype.is_float():
         return ids
     known = ids.fill_nan(None)
-    # a float from MAX_NUMBER on may have been another id
+    # from MAX_NUMBER on several integers become the same float
     whole = (known == known.floor()) & (known.abs() < MAX_NUMBER)
     return known.cast(pl.Int64, strict=False) if whole.all() else ids
 
 
 def as_text(ids: Any) -> pl.Series:
-    """Ids as text; floats that `whole_ids` takes for integers as these."""
+    """Ids as text, after `whole_ids`."""
     return whole_ids(pl.Series("ids", ids, strict=False)).cast(pl.String)
 
 
 def as_numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
-    """Values as numbers, missing ones stay so; UserError with the first that is none."""
+    """Values as numbers, missing ones left missing; UserError naming the first that is not a number."""
     found = values.cast(kind, strict=False)
     wrong = values.filter(found.is_null() & values.is_not_null())
     if len(wrong):
-        raise UserError(f"column {values.name!r}: {wrong[0]!r} is no number")
+        raise UserError(f"column {values.name!r}: {wrong[0]!r} is not a number")
     return found
 
 
 def listed(values: Any, what: str) -> list[Any]:
-    """Ids as a list; UserError for a text, a table or a mapping, whose elements are no ids."""
+    """Ids as a list; UserError for a text, a table or a mapping, whose elements are not ids."""
     found = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(found, (str, bytes, Mapping)) or is_table(found) or not isinstance(found, Iterable):
         raise UserError(f"{what} must be a list of item ids, got {type(values).__name__} {str(values)[:40]!r}")
@@ -159,14 +158,14 @@ def in_order(items: Any, what: str) -> list[Any]:
 
 
 def user_key(user: Any) -> str:
-    """A user as text, since 7 may be "7" elsewhere, or 7.0 in a table of pandas."""
+    """A user as text, since 7 may be "7" elsewhere, or 7.0 in a pandas table."""
     return str(int(user) if isinstance(user, float) and user.is_integer() else user)
 
 
 def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
-    """Items for all users, or those of each user by its `user_key`.
+    """One list for all users, or a list for each by `user_key`.
 
-    candidates: a list, a mapping by user, or a table of ``item_id`` and, by user, ``user_id``.
+    candidates: a list, a mapping by user, or a table ``item_id`` or ``user_id, item_id``.
     """
     if is_table(candidates):
         frame = as_frame(candidates, "candidates")
@@ -180,8 +179,8 @@ def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
 
 
 def seconds(at: Any) -> int | None:
-    """A time as seconds since 1970, a datetime without a zone as UTC, numbers as `parsed_times` reads them; UserError
-    where it is none."""
+    """A time as seconds since 1970: a datetime without a zone is UTC, numbers are read by `parsed_times`. UserError for
+    anything else."""
     if isinstance(at, (datetime.datetime, np.datetime64)) and not pd.isna(at):
         stamp = pd.Timestamp(at)
         return int((stamp.tz_localize("UTC") if stamp.tz is None else stamp).timestamp())
@@ -190,7 +189,7 @@ def seconds(at: Any) -> int | None:
     if isinstance(at, (int, float, np.integer, np.floating)) and -MAX_NUMBER <= at <= MAX_NUMBER:
         with contextlib.suppress(UserError):  # of a time after 2200
             return int(whole_seconds(parsed_times(pl.Series("at", [at])))[0])
-    raise UserError(f"at={at!r} is no time: give seconds since 1970 or a datetime")
+    raise UserError(f"at={at!r} is not a time: give seconds since 1970 or a datetime")
 
 
 def answer_frame(
@@ -201,17 +200,17 @@ def answer_frame(
     numeric: bool,
     output: str = "pandas",
 ) -> Any:
-    """One row a recommendation: ``user_id, item_id, rank, score``; places without an item are left out.
+    """One row per recommendation: ``user_id, item_id, rank, score``.
 
-    item_ids: ``[V]`` original ids as text. users: ``[B]``. items, scores: ``[B, k]``, internal ids, 0 for
-    none. numeric: item ids are given back as numbers, where all of them are.
+    item_ids: ``[V]`` original ids as text. users: ``[B]``. items, scores: ``[B, k]``, internal ids, 0 for none.
+    numeric: whether to return item ids as numbers, if they all are.
     """
     row, column = (items > 0).nonzero(as_tuple=True)
     taken = item_ids.take(pa.array((items[row, column] - 1).numpy()))
     for kind in (pa.int64(), pa.uint64()) if numeric else ():
-        with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
+        with contextlib.suppress(pa.ArrowInvalid):  # some ids may not be numbers
             numbers = taken.cast(kind)
-            # "007" is none either: as 7 it would be another item
+            # nor may "007" become one: 7 would be another item
             taken = numbers if numbers.cast(taken.type).equals(taken) else taken
             break
     frame = pl.DataFrame(

@@ -28,9 +28,9 @@ from generative_recommenders.retrieval.frames import (
 
 @dataclass(frozen=True)
 class Histories:
-    """Some users' histories. users: as given, ``[B]``. batch: columns of an evaluation loader. seen: for each user,
-    internal ids of everything in the history, also what is older than the window. numeric: whether items were given as
-    numbers. counts: for each user, events that the model can read, also those before the window."""
+    """Histories of some users. users: ``[B]`` as given. batch: columns as an evaluation loader has them. seen: for each
+    user the internal ids of the whole history, not of the window alone. numeric: whether items were given as numbers.
+    counts: for each user the events that the model can read, including those before the window."""
 
     users: list[Any]
     batch: dict[str, torch.Tensor]
@@ -43,12 +43,11 @@ class Histories:
 class HistoryReader:
     """Reads histories for one model.
 
-    item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, of models that read
-    users.
-    max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after
-    training and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model
-    reads; event_columns: further ones, as `Catalogue.facts` describes them. uses_next_time: the model reads the time of
-    the request. num_ratings: ratings from 0 to below it have an embedding; None: any rating is read.
+    item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, for models that read
+    users. max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after
+    training and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model reads;
+    event_columns: further ones, as `Catalogue.facts` describes them. uses_next_time: whether the model reads the time
+    of the request. num_ratings: ratings 0..num_ratings - 1 have an embedding; None: any rating is read.
     """
 
     item_ids: pa.Array
@@ -71,18 +70,18 @@ class HistoryReader:
 
     @property
     def needed_columns(self) -> list[str]:
-        """Columns of events that the model reads beside the item."""
+        """Columns of an event that the model reads, except the item."""
         names = ["rating"] * self.needs_ratings + ["timestamp"] * self.needs_timestamps
         return names + [each["name"] for each in self.event_columns]
 
     @property
     def number_columns(self) -> list[str]:
-        """Those of `needed_columns` whose values are numbers."""
+        """`needed_columns` whose values are numbers."""
         categorical = {each["name"] for each in self.event_columns if each["kind"] == "categorical"}
         return [name for name in self.needed_columns if name not in categorical]
 
     def internal(self, items: Any) -> np.ndarray:
-        """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
+        """Internal ids ``[n]`` int64 of original ones, 0 for unknown items."""
         return _internal_ids(self._items, items)
 
     def internal_users(self, users: list[Any]) -> np.ndarray:
@@ -96,16 +95,16 @@ class HistoryReader:
         ids = self.internal(items)
         if (ids == 0).any():
             unknown = items[int(np.flatnonzero(ids == 0)[0])]
-            raise UserError(f"{what} {unknown!r} is no item that the model was trained on")
+            raise UserError(f"{what} {unknown!r} is not an item that the model was trained on")
         return torch.from_numpy(ids)
 
     def read(
         self, histories: Any, at: int | None, batch_size: int, keep_empty: bool = False, warn: bool = True
     ) -> Iterator[Histories]:
-        """Some users at a time; those with no item that can be in a window are counted and left out unless kept.
+        """Batches of users. Those without an item that can be in a window are left out, unless ``keep_empty``.
 
-        histories, at: see `Recommender.recommend`. warn: whether what is dropped is counted in the log. UserError
-        where columns are missing or ids are empty.
+        histories, at: see `Recommender.recommend`. warn: whether to log how much is left out. UserError where columns
+        are missing or ids are empty.
         """
         frame = history_frame(histories, [*self.needed_columns, "timestamp"])
         missing = [name for name in self.needed_columns if name not in frame.columns]
@@ -120,7 +119,7 @@ class HistoryReader:
         values += [_event_column(frame[each["name"]], each) for each in self.event_columns]
         if "timestamp" in frame.columns:
             values.append(parsed_times(frame["timestamp"]))
-        # The row of a user's first event stands for the user, and rises in the order in which users are named.
+        # A user is known by the row of its first event, so that users keep the order in which they are given.
         frame = frame.with_columns(values).with_row_index("_user")
         frame = frame.with_columns(pl.col("_user").min().over("user_id"))
         if "timestamp" in frame.columns:
@@ -141,7 +140,7 @@ class HistoryReader:
             yield self._batch(names[start : start + batch_size], rows, known[first:stop], at, numeric)
 
     def _with_numbers(self, known: pl.DataFrame) -> pl.DataFrame:
-        """Ratings and times as numbers; UserError with the first that is none, or that has no embedding."""
+        """Ratings and times as numbers; UserError naming the first that is not one, or that has no embedding."""
         for name, kind in (("rating", pl.Float32), ("timestamp", pl.Int64)):
             if name not in self.needed_columns:
                 continue
@@ -217,8 +216,8 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
     if column["kind"] == "categorical":
         known = pa.array(column["categories"], pa.large_string())
         text = values.cast(pl.String)
-        # Integers may have become floats, where one is missing or in JSON, which the server hands on as text; a float
-        # is a category of its own where the data have it.
+        # Integers become floats where one is missing, and in JSON, which the server passes on as text. But where
+        # training had the float itself as a category, it is that one.
         whole = whole_ids(values).cast(pl.String).str.replace(r"^(-?\d{1,15})\.0$", "${1}")
         texts = (each.str.strip_chars().to_arrow().cast(pa.large_string()) for each in (text, whole))
         ids = pc.coalesce(*(pc.index_in(each, value_set=known) for each in texts))

@@ -21,20 +21,20 @@ from generative_recommenders.retrieval.selection import fill, largest
 Allowed = torch.Tensor | list[torch.Tensor] | None
 """Candidates: sorted internal ids ``[R]`` for all rows, or a list of these, one a row; None for the whole catalogue."""
 MAX_SCORES = 1 << 25
-"""Scores, or numbers of candidates' embeddings, held at a time, where all are: 128 MiB."""
+"""Floats held at a time, scores of all items or embeddings of candidates: 128 MiB."""
 
 
 class ItemSearch:
-    """Finds each query's best items.
+    """Finds the best items of each query.
 
-    snapshot: the model's catalogue. counts: training events ``[V]``, by which histories without items are answered;
-    None where they are not known.
+    snapshot: the model's catalogue. counts: training events ``[V]`` to answer histories without items by, None where
+    unknown.
     """
 
     def __init__(self, model: SequenceRecommender, snapshot: Snapshot, counts: torch.Tensor | None) -> None:
         self.model, self.snapshot, self.counts = model, snapshot, counts
         self.num_items = len(snapshot.embeddings)
-        self._quantized: QuantizedItems | None = None  # made by the first question that is answered by it
+        self._quantized: QuantizedItems | None = None  # made when it is first used
 
     def best(
         self,

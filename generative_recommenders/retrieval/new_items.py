@@ -1,4 +1,4 @@
-"""Items that a trained item tower scores by their features alone."""
+"""New items, which a trained item tower scores by their features alone."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from generative_recommenders.retrieval.frames import as_numbers
 
 
 def add_rows(items: ItemEmbedding, frame: pl.DataFrame, encodings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Items V + 1 on, from a row of features each.
+    """Adds items V + 1 and on, one per row of features.
 
-    frame: a column a feature of the tower, lists for lists of categories. encodings: of `Catalogue.facts`. Categories
-    that training did not have add nothing and are counted in a warning. UserError: a tower that reads the item's id, no
-    tower, a missing column, a checkpoint that does not say what its categories are.
+    frame: a column per feature of the tower, with lists for lists of categories. encodings: of `Catalogue.facts`.
+    Categories unknown to training add nothing and are counted in a warning. UserError where there is no tower, it reads
+    the item's id, a column is missing, or the checkpoint does not hold the categories.
     """
     if not isinstance(items, ItemTowerEmbedding) or items.uses_item_id:
         raise UserError(
@@ -63,7 +63,7 @@ def _values(spec: EmbeddingSpec, frame: pl.DataFrame, encodings: Mapping[str, Ma
     ids = {str(value): number for number, value in enumerate(encoding["categories"], start=1)}
 
     def category(value: Any) -> int:
-        """Its id; 0 where training did not have it. Integers become floats where one is missing."""
+        """Its id, 0 for unknown ones. Integers become floats where one is missing."""
         whole = isinstance(value, float) and value.is_integer()
         return ids.get(str(value)) or (ids.get(str(int(value)), 0) if whole else 0)
 

@@ -53,12 +53,12 @@ from generative_recommenders.retrieval.session import Session
 MAX_USERS = 1024
 """Users encoded at a time."""
 FEW_TOKENS = 256
-"""Events up to which one thread encodes at least as fast as several, and far faster beside other work: threads wait for
-each other after every operation, and each lasts microseconds."""
+"""Events up to which one thread encodes at least as fast as several, and much faster on a busy machine: operations last
+microseconds, and threads wait for each other after every one."""
 
 
 class Recommender:
-    """A trained model that answers for users, known to it or new. Made by `load`.
+    """A trained model that answers for known and new users. Made by `load`.
 
     settings: of the run. model: in evaluation mode. item_ids: ``[V]`` original ids as text, row i is internal id i + 1.
     """
@@ -77,11 +77,11 @@ class Recommender:
         self._set_items(item_ids)
 
     def _set_items(self, item_ids: pa.Array) -> None:
-        """Reads the model's items as they are now. item_ids: their original ids."""
+        """Takes the model's items as they are now. item_ids: their original ids."""
         facts, encoder = self.facts, self.model.sequence.encoder
         self.item_ids = item_ids.cast(pa.large_string())
         read = {each["name"] for each in facts.get("event_features", {}).values()}
-        ratings = getattr(self.model.sequence.preprocessor, "rating", None)  # a row for each value
+        ratings = getattr(self.model.sequence.preprocessor, "rating", None)  # an embedding for each value
         timed = bool(facts.get("has_timestamps", False)) and bool(getattr(encoder, "timed", False))
         self.reader = HistoryReader(
             self.item_ids,
@@ -100,10 +100,10 @@ class Recommender:
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", plugins: str | Sequence[str] = ()) -> Recommender:
-        """The best checkpoint of a run (else the newest); the training data are not needed.
+        """The best checkpoint of a run, else the newest; the training data are not needed.
 
-        run: the run's folder. device: "auto" takes a GPU if there is one. plugins: files or modules that register parts
-        of the run's own. UserError: no checkpoint, or one that needs a plug-in; no such device.
+        run: the run's folder. device: "auto" takes a GPU if there is one. plugins: files or modules that register the
+        run's own parts. UserError where there is no checkpoint, it needs a plug-in, or the device does not exist.
         """
         load_plugins([plugins] if isinstance(plugins, str) else [str(each) for each in plugins])
         folder = Path(run) / "checkpoints"
@@ -116,8 +116,7 @@ class Recommender:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            # A name that torch does not know, a GPU that is not there.
+        except (RuntimeError, AssertionError) as error:  # torch does not know the name, or there is no such GPU
             raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from error
         return cls.of_checkpoint(checkpoint, torch.device(name))
 
@@ -146,16 +145,16 @@ class Recommender:
         """The k best items of each user.
 
         histories: a table (pandas, polars, pyarrow or Spark) of ``user_id, item_id`` and, where the model reads them,
-        ``rating``, ``timestamp`` (as preparation reads them) and its event columns; or a mapping of each user to items,
-        oldest first; or a `Session`. Events are sorted by ``timestamp`` where there is one. exclude_seen: no item of
-        the history is recommended. candidates: the only items that may be, a list or a table ``item_id`` for all users,
-        or by user a mapping or a table ``user_id, item_id``, where users without any get none. at: the time of the
+        ``rating``, ``timestamp`` (as preparation reads them) and its event columns; or a mapping from users to items,
+        oldest first; or a `Session`. Events are sorted by ``timestamp`` if there is one. exclude_seen: whether items of
+        the history are left out. candidates: the only items to recommend: a list or a table ``item_id`` for all users,
+        or a mapping or a table ``user_id, item_id`` by user, where a user without any gets nothing. at: the time of the
         request, a datetime or a number as in ``timestamp``, which a model of ``next_time = "given"`` reads. fallback:
-        what users with no known item get; otherwise they are left out.
+        what users without a known item get; None leaves them out.
 
-        Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids
-        ``[B, k]``, k no more than there are items. Equal scores are ranked by item id. Unknown items are dropped and
-        counted in a warning.
+        Returns a frame ``user_id, item_id, rank, score``, best first; for output "torch", scores and internal ids
+        ``[B, k]``, with k at most the number of items. Equal scores are ranked by item id. Unknown items are dropped
+        and counted in a warning.
         """
         k = self._checked(k)
         if output not in OUTPUTS:
@@ -182,14 +181,13 @@ class Recommender:
         return answer_frame(self.item_ids, users, items, scores, numeric, output)
 
     def _checked(self, k: Any) -> int:
-        """k, or the number of items where that is less; UserError where it is no count."""
+        """k, at most the number of items; UserError where it is not a positive whole number."""
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise UserError(f"k must be a whole number of 1 or more, got {k!r}")
         return min(int(k), len(self.item_ids))
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
-        """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are
-        refused."""
+        """Scores of candidates: a frame with a row per user and a column per item. UserError for an unknown item."""
         candidates = listed(candidates, "candidates")
         ids = self.reader.known(candidates, "candidate")
         users, scores = [], [torch.empty(0, len(ids))]
@@ -201,7 +199,7 @@ class Recommender:
         return pd.DataFrame(torch.cat(scores).numpy(), index=index, columns=candidates)
 
     def embed(self, histories: Any, *, at: Any = None) -> pd.DataFrame:
-        """States that items are scored against: a frame with a row a user."""
+        """States that items are scored against: a frame with a row per user."""
         users, states = [], []
         for some, queries in self._queries(histories, at):
             states.append(queries.states.float().cpu())
@@ -210,14 +208,14 @@ class Recommender:
         return pd.DataFrame(values, index=pd.Index(users, name="user_id"))
 
     def item_embeddings(self) -> pd.DataFrame:
-        """Items as scored: a frame with a row an item, by original id."""
+        """Items as scored: a frame with a row per item, indexed by original id."""
         index = pd.Index(self.item_ids.to_pylist(), name="item_id")
         return pd.DataFrame(self.snapshot.embeddings.float().cpu().numpy(), index=index)
 
     def similar_items(self, items: Any, k: int = 10) -> pd.DataFrame:
-        """The k other items of the largest cosine of embeddings: a frame ``item_id, similar_id, rank, score``.
+        """The k other items of largest cosine to each: a frame ``item_id, similar_id, rank, score``.
 
-        items: original ids, or one. UserError for an unknown item.
+        items: one original id or several. UserError for an unknown item.
         """
         one = isinstance(items, (str, int, np.integer))
         k, items = self._checked(k), listed([items] if one else items, "items")
@@ -233,8 +231,8 @@ class Recommender:
     # -- sessions and new items ---------------------------------------------------------------------------------
 
     def session(self, user: Any = None, history: Any = ()) -> Session:
-        """A history that `append` extends. history: items, oldest first, or a DataFrame as for `recommend` without
-        users."""
+        """A history that `append` extends. history: items, oldest first, or a table as for `recommend`, without
+        ``user_id``."""
         session = Session(user, self.reader.max_length)
         if is_table(history):
             frame = as_frame(history)
@@ -243,10 +241,10 @@ class Recommender:
         return self._extend(session, frame if len(frame) else pl.DataFrame({"item_id": [None]}))
 
     def append(self, session: Session, item: Any, **columns: Any) -> Session:
-        """The session after one more event; columns: of the event, as ``rating=``, ``timestamp=``.
+        """Adds an event to the session and returns it. columns: of the event, such as ``rating=``, ``timestamp=``.
 
-        `recommend` answers as for the whole history. Most encoders encode the new event alone until the window is full.
-        For a model that reads times, an event from before others takes its place among them.
+        `recommend` then answers as for the whole history; most encoders encode the new event alone until the window is
+        full. For a model that reads times, an event older than others is put in its place among them.
         """
         return self._extend(
             session, pl.DataFrame({"item_id": [item], **{name: [value] for name, value in columns.items()}})
@@ -263,10 +261,10 @@ class Recommender:
         return session
 
     def add_items(self, items: Any) -> None:
-        """New items, known by their features alone: a DataFrame ``item_id`` and a column a feature of the item tower.
+        """Adds items known by their features alone: a table of ``item_id`` and the features of the item tower.
 
-        They can be recommended at once; in histories they count as seen and are not read. They last by `save`.
-        UserError where the model knows items by their ids, or has these already.
+        They can be recommended at once; in histories they count as seen but are not read. `save` keeps them. UserError
+        where the model knows items by their ids, or has these already.
         """
         frame = as_frame(items, "add_items")
         if "item_id" not in frame.columns:
@@ -281,7 +279,7 @@ class Recommender:
         self._set_items(pa.concat_arrays([self.item_ids, names.to_arrow().cast(pa.large_string())]))
 
     def save(self, run: str | Path) -> None:
-        """Writes a run's folder with this model and its items, which `load` reads. UserError for that of a training
+        """Writes this model and its items as a run's folder, which `load` reads. UserError for the folder of a training
         run."""
         store = CheckpointStore(Path(run) / "checkpoints")
         if not all(path.name.endswith("-epoch-0-step-0") for path in store.paths()):
@@ -297,21 +295,20 @@ class Recommender:
     # -- parts --------------------------------------------------------------------------------------------------
 
     def allowed(self, candidates: list[Any]) -> torch.Tensor:
-        """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a
-        warning."""
+        """Sorted internal ids ``[R]`` of candidates; unknown ones are counted in a warning."""
         (allowed,), unknown = self.allowed_by_row([candidates])
         _warn_of_unknown(unknown)
         return allowed
 
     def allowed_by_row(self, lists: list[list[Any]]) -> tuple[list[torch.Tensor], int]:
-        """`allowed` of each list, and how many candidates are unknown; all are looked up together."""
+        """Those of each list, looked up together, and the number of unknown candidates."""
         texts = [as_text(items) for items in lists]
         ids = self.reader.internal(pl.concat(texts))
         parts = np.split(ids, np.cumsum([len(each) for each in texts])[:-1])
         return [torch.from_numpy(np.unique(each[each > 0])) for each in parts], int((ids == 0).sum())
 
     def queries(self, histories: Histories) -> Queries:
-        """Queries of a batch of histories, which items are scored against."""
+        """Queries of a batch of histories."""
         threads = torch.get_num_threads()
         few = int(histories.batch["lengths"].sum()) <= FEW_TOKENS and dispatch.fast_on_cpu(self.snapshot.embeddings)
         try:
@@ -334,4 +331,4 @@ class Recommender:
 
 def _warn_of_unknown(candidates: int) -> None:
     if candidates:
-        logging.warning("%d candidates are no items that the model knows", candidates)
+        logging.warning("%d candidates are not items that the model knows", candidates)

@@ -13,14 +13,13 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores: ``[n, C]`` float; a NaN counts as minus infinity. Returns values ``[n, min(k, C)]`` and columns,
         int64.
 
-    ``torch.topk`` picks any of several equal entries at the cut; only rows where that matters are sorted
-    whole.
+    ``torch.topk`` picks any of several equal entries at the cut; rows where that matters are sorted whole.
     """
     width = scores.shape[1]
     k = min(k, width)
     if k == 0:
         return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
-    # One more than k: whether there is a tie at the cut is seen by the next one.
+    # One more than k, which shows whether there is a tie at the cut.
     more, columns = scores.topk(min(k + 1, width), dim=1)
     if more[:, 0].isnan().any():
         return largest(scores.masked_fill(scores.isnan(), -torch.inf), k)
@@ -43,12 +42,11 @@ def scan(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of items 1..num_items, of which ``block`` are scored at a time.
 
-    score_items: ``(start, stop)`` to ``[n, stop - start]`` scores of the items ``start + 1 .. stop``; may be
-        written to.
+    score_items: scores ``[n, stop - start]`` of the items ``start + 1 .. stop``, which may be written to.
     seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row.
 
-    Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; where a
-    row has fewer than k items, minus infinity and id 0.
+    Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; a row with fewer
+    than k items ends with minus infinity and id 0.
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for start in range(0, max(num_items, 1), block):

@@ -22,7 +22,7 @@ from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
 MAX_SIMILAR = 10_000
-"""Items that one request for similar ones may be answered with."""
+"""Items in the answer to one request for similar ones."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 Ranked = list[dict[str, Any]]
@@ -30,8 +30,8 @@ Ranked = list[dict[str, Any]]
 
 
 class RecommendRequest(BaseModel):
-    """One user's history, oldest event first. columns: of its events, as ``{"rating": [5, 3]}``, where the model reads
-    them."""
+    """One user's history, oldest event first. columns: what else the model reads of the events, such as
+    ``{"rating": [5, 3]}``."""
 
     model_config = ConfigDict(extra="forbid")
     history: list[Item] = Field(max_length=MAX_HISTORY, examples=[["0307887898", "0312853122"]])
@@ -54,7 +54,7 @@ class RecommendRequest(BaseModel):
 
 
 class SimilarRequest(BaseModel):
-    """Items to find the nearest of."""
+    """Items whose nearest other items are asked for."""
 
     model_config = ConfigDict(extra="forbid")
     items: list[Item] = Field(min_length=1, max_length=1000)
@@ -109,15 +109,15 @@ def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[R
 
 
 def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str, pl.Series]:
-    """Columns of a request's events, or of one missing event: times as datetimes, since the unit of one request's
-    numbers is not to be told from those of others. UserError for a missing column or a number that is no time."""
+    """Columns of a request's events, or of one missing event. Times become datetimes here, since other requests' times
+    may be in other units. UserError for a missing column or a value that the model cannot read."""
     missing = [name for name in reader.needed_columns if name not in request.columns]
     if missing:
         raise UserError(f"columns: the model reads {' and '.join(missing)} of each event")
     for name in reader.number_columns:
         for value in request.columns[name]:
             if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER):
-                raise UserError(f"columns: {name} {value!r} is no number that the model reads")
+                raise UserError(f"columns: {name} {value!r} is not a number that the model reads")
     times = {"timestamp", *(each["name"] for each in reader.event_columns if each["kind"] == "time")}
     columns = {}
     for name in reader.needed_columns:
@@ -128,7 +128,7 @@ def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str
             if not column.is_between(*SECONDS).all():
                 column = parsed_times(column)  # which takes as long as the rest of a small answer
                 if not column.dtype.is_temporal() and (column.abs() > MAX_NUMBER // 10**6).any():
-                    raise UserError(f"columns: {name} holds a number that is no time")
+                    raise UserError(f"columns: {name} holds a number that is not a time")
             if not column.dtype.is_temporal():
                 column = (column * 10**6).cast(pl.Int64)
             column = column.cast(pl.Datetime("us"))

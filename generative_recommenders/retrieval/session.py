@@ -33,12 +33,11 @@ class Session:
         self._total = 0
 
     def __len__(self) -> int:
-        """Events that the model can read, those before the window too."""
+        """Events that the model can read, including those before the window."""
         return self._total
 
     def add(self, histories: Histories) -> None:
-        """Further events of this user, as a reader gives them: after the others, or by their times where there are
-        some."""
+        """Adds events of this user, as a reader gives them: after the others, or by time where they have times."""
         batch, length = histories.batch, int(histories.batch["lengths"][0])
         self.seen |= set(histories.seen[0].tolist())
         self.numeric = histories.numeric
@@ -53,7 +52,7 @@ class Session:
             self._cache = None  # states encoded after the new event are out of date
         self._columns = {name: x[:, -self.window :] for name, x in columns.items()}
         if "next_timestamps" in self._of_user:
-            # Unless a request brings its own, the time of the last event.
+            # The time of the last event, unless a request brings its own.
             times = torch.nn.functional.pad(self._columns["timestamps"], (1, 0))
             self._of_user["next_timestamps"] = times[:, -1]
         self._total += histories.counts[0]
@@ -61,7 +60,7 @@ class Session:
             self._state = None
 
     def histories(self) -> Histories:
-        """The window, as a reader gives it."""
+        """The window, as a reader would give it."""
         length = min(self._total, self.window)
         batch = {"lengths": torch.tensor([length]), **self._of_user, **self._columns}
         seen = np.array(sorted(self.seen), np.int64)

@@ -66,7 +66,7 @@ def test_events_of_one_second_are_in_the_order_of_its_parts() -> None:
 @pytest.mark.parametrize("needs_timestamps", [False, True])
 @pytest.mark.parametrize("values", [["900", "then", "80"], ["2023-05-31", "then", "2023-05-30"]])
 def test_a_text_that_is_no_time_is_named(values: list[Any], needs_timestamps: bool) -> None:
-    with pytest.raises(UserError, match="column 'timestamp': 'then' is no number"):
+    with pytest.raises(UserError, match="column 'timestamp': 'then' is neither a number nor a date"):
         read("timestamp", values, needs_timestamps=needs_timestamps)
 
 

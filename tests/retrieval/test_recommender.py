@@ -118,7 +118,7 @@ def test_candidates_of_each_user_in_any_form(rec: Recommender, caplog: pytest.Lo
     table = pd.DataFrame(rows, columns=["user_id", "item_id"]).astype({"user_id": str})
     with caplog.at_level(logging.WARNING, logger="absl"):
         expected = rec.recommend(histories, candidates=mapping)
-    assert caplog.text.count("1 candidates are no items") == 1
+    assert caplog.text.count("1 candidates are not items") == 1
     assert expected[["user_id", "item_id"]].to_numpy().tolist() == [[1, "i00004"], [2, "i00005"]]
     arrow = pl.from_pandas(table)
     for form in (table, arrow, arrow.lazy(), arrow.to_arrow()):
@@ -161,7 +161,7 @@ def test_answers_are_the_same_a_few_rows_at_a_time(
 def test_only_the_lists_of_users_who_ask_are_looked_up(rec: Recommender, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="absl"):
         rec.recommend({"a": ["i00001"]}, candidates={"a": ["i00002", "what"], "b": ["who", "which"]})
-    assert "1 candidates are no items" in caplog.text
+    assert "1 candidates are not items" in caplog.text
 
 
 def test_histories_in_many_forms(rec: Recommender) -> None:
@@ -200,7 +200,7 @@ def test_the_time_of_a_request(tmp_path: Path, dataset: SequenceDataset) -> None
     for at in (1_685_491_200, 1_685_491_200_000, 20230531):  # as the times of histories: milliseconds and dates, too
         pd.testing.assert_frame_equal(rec.recommend(frame, at=at), day)
     for at in ("now", float("nan"), 2**70, 2**53 - 1, pd.NaT):
-        with pytest.raises(UserError, match="is no time"):
+        with pytest.raises(UserError, match="is not a time"):
             rec.recommend(frame, at=at)
 
 
@@ -296,8 +296,8 @@ def test_output_has_the_requested_form(rec: Recommender, output: str) -> None:
         ("rating", 100.0, "rating 100.0 of user 'a', item 'i00003' is not a number from 0 to 5"),
         ("rating", float("nan"), "rating None of user 'a'"),
         ("rating", None, "rating None of user 'a'"),
-        ("rating", "much", "column 'rating': 'much' is no number"),
-        ("timestamp", "yesterday", "column 'timestamp': 'yesterday' is no number"),
+        ("rating", "much", "column 'rating': 'much' is not a number"),
+        ("timestamp", "yesterday", "column 'timestamp': 'yesterday' is neither a number nor a date"),
     ],
 )
 def test_values_that_the_model_cannot_read_are_named(
@@ -408,7 +408,7 @@ def test_new_items_are_known_by_their_features(
     assert np.array_equal(grown.loc["text"], grown.loc["float"])
     assert np.array_equal(grown.loc["none"], grown.loc["nan"])
     for faulty, words in (
-        (frame.assign(item_id=["x", "y"], year=["MCM", None]), "year.*'MCM' is no number"),
+        (frame.assign(item_id=["x", "y"], year=["MCM", None]), "year.*'MCM' is not a number"),
         (frame, "known already"), (frame[["item_id"]].assign(item_id=["x", "y"]), "reads genres"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):

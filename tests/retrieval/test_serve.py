@@ -99,7 +99,7 @@ def test_times_are_read_by_each_request_alone(tmp_path: Path) -> None:
     requests = [seconds, milliseconds, dates]
     wrong = seconds.model_copy(update={"columns": {"timestamp": [5, -(2**53)]}})
     *together, refused = answer(rec, [*requests, wrong])
-    assert isinstance(refused, UserError) and "timestamp holds a number that is no time" in str(refused)
+    assert isinstance(refused, UserError) and "timestamp holds a number that is not a time" in str(refused)
     for request, found in zip(requests, together):
         (alone,) = answer(rec, [request])
         frame = {"user_id": "a", "item_id": request.history, **request.columns}
@@ -143,7 +143,7 @@ def test_a_value_that_the_model_cannot_read_refuses_its_request_alone(tmp_path: 
         rec, [RecommendRequest(history=["i00003"], columns={"rating": each}) for each in ratings]
     )
     assert isinstance(large, UserError) and "rating 100.0" in str(large) and "from 0 to 5" in str(large)
-    assert isinstance(text, UserError) and "rating 'much' is no number" in str(text)
+    assert isinstance(text, UserError) and "rating 'much' is not a number" in str(text)
     assert len(first) == len(last) == 10
 
 
@@ -257,7 +257,7 @@ def test_answers_over_http(server: Server, rec: Recommender) -> None:
         ("/recommend", {"history": ["i00003"], "columns": {"rating": []}}, 422, "0 values for 1 events"),
         ("/recommend", b"{", 422, "JSON"),
         ("/recommend", b" " * (1 << 21), 413, "longer than"),
-        ("/similar", {"items": ["what"]}, 422, "no item that the model was trained on"),
+        ("/similar", {"items": ["what"]}, 422, "is not an item that the model was trained on"),
         ("/similar", {"items": ["i00003"] * 11, "k": 1000}, 422, "more than 10000"),
         ("/nothing", {}, 404, "Not Found"),
     ],
