@@ -28,7 +28,7 @@ _ONE = 2**39
 _BLOCK_ELEMENTS = 2**23
 
 MAX_DIVERSITY_LISTS = 2**14
-"""Lists whose pairs diversity compares: more users are represented by this many, evenly spaced by user id."""
+"""Lists that diversity compares in pairs: of more users it takes this many, evenly spaced by user id."""
 
 
 def distinct(ids: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,10 @@ class TopLists:
     def __init__(self, k: int, num_items: int, user_ids: torch.Tensor, item_counts: torch.Tensor | None = None) -> None:
         self.k = k
         self.metrics = ListMetrics([k], num_items, item_counts)
-        self.compared_users = evenly_spaced(user_ids, MAX_DIVERSITY_LISTS)
+        most = MAX_DIVERSITY_LISTS
+        if len(user_ids) > most:
+            user_ids = user_ids[torch.arange(most) * len(user_ids) // most]
+        self.compared_users = user_ids
         self.compared = [torch.zeros(0, k + 1, dtype=torch.int64)]  # rows of a user id and that user's list
 
     def add(
@@ -232,10 +235,3 @@ class TopLists:
         lists = collectives.gather_variable(torch.cat(self.compared))
         lists = lists[lists[:, 0].argsort(), 1:]  # sums of floats depend on their order
         return {**self.metrics.compute(), f"diversity@{self.k}": diversity(lists)}
-
-
-def evenly_spaced(values: torch.Tensor, most: int) -> torch.Tensor:
-    """At most ``most`` of the values ``[n]``, in order; all of them where n allows."""
-    if len(values) <= most:
-        return values
-    return values[torch.arange(most) * len(values) // most]

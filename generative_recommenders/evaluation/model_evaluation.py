@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,12 @@ from generative_recommenders.types import Batch
 
 TOLERATED_REMOVED = 0.01
 """Share of targets that a seen filter may take out without a warning."""
-
 PROGRESS_FILE = "evaluation-under-way.safetensors"
 
 PROGRESS_MINUTES = 5.0
-"""From one save of an evaluation under way to the next, at most."""
-
+"""Longest time from one save of an evaluation under way to the next."""
 KEPT_BYTES = 1 << 30
-"""Batches of an evaluation that stay on an accelerator, at most."""
+"""Largest size of an evaluation's batches that stay on an accelerator."""
 
 
 class ModelEvaluation:
@@ -159,7 +158,8 @@ class ModelEvaluation:
         total = len(loader)
 
         def shown(left: EvaluationLoader) -> Iterable[dict[str, torch.Tensor]]:
-            """What a resumed evaluation leaves out is done, but no sign of its speed."""
+            """A bar on which the batches that a resumed evaluation leaves out are done, and tell nothing of its
+            speed."""
             return progress_bar(left, total, "evaluation", total - len(left), world.is_main)
 
         return Evaluator(
@@ -168,56 +168,55 @@ class ModelEvaluation:
         )  # fmt: skip
 
     def _of_model(
-        self,
-        model: SequenceRecommender,
-        part: str,
-        sample: tuple[int, int] | None,
-        stop: Callable[[], bool],
+        self, model: SequenceRecommender, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool]
     ) -> EvaluationResult:
-        lists = progress = None
+        dataset, settings = self.dataset, self.settings
+        evaluator, lists, progress = self._evaluator(part, sample, stop), None, None
+        if sample is None and settings.evaluation.list_metrics_k is not None:
+            counts = training_counts(dataset.items, dataset.offsets, self.split.train_stops, dataset.num_items)
+            users = torch.from_numpy(evaluator.loader.users) + 1
+            lists = TopLists(settings.evaluation.list_metrics_k, dataset.num_items, users, counts)
+        elif sample is None and self._batches_are_kept(model):
+            if part not in self.kept:
+                self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
+            evaluator.kept = self.kept[part]
+        elif sample is None and self.folder is not None:
+            # All that ranks depend on beside the weights.
+            hashes = self.split.hash, dataset.manifest.features_hash, dataset.manifest.columns_hash
+            facts = part, *hashes, repr(settings.to_json())
+            minutes = min(PROGRESS_MINUTES, settings.checkpoints.checkpoint_minutes)
+            key = partial(fingerprint, model.state_dict(), facts)
+            progress = EvaluationProgress(self.folder / PROGRESS_FILE, key, self.collectives, minutes)
         training = model.training
         model.eval()
-        score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
-        evaluator = self._evaluator(part, sample, stop)
-        if self.settings.evaluation.list_metrics_k is not None and sample is None:
-            events = self.dataset.items, self.dataset.offsets, self.split.train_stops
-            counts = training_counts(*events, self.dataset.num_items)
-            users = torch.from_numpy(evaluator.loader.users) + 1
-            lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, users, counts)
-        if sample is None and lists is None:
-            columns = 3 + len(self.dataset.manifest.kinds)
-            window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
-            small = 8 * (window + 2 * self.dataset.num_events) <= KEPT_BYTES
-            if dispatch.waits(model.items.table) and small and not model.objective.uses_mask:
-                # An accelerator ranks batches faster than a host makes them: they stay there for the next evaluation.
-                if part not in self.kept:
-                    self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
-                evaluator.kept = self.kept[part]
-            elif self.folder is not None:
-                # All that ranks depend on beside the weights.
-                manifest = self.dataset.manifest
-                hashes = self.split.hash, manifest.features_hash, manifest.columns_hash
-                facts = part, *hashes, repr(self.settings.to_json())
-                progress = EvaluationProgress(
-                    self.folder / PROGRESS_FILE,
-                    lambda: fingerprint(model.state_dict(), facts),
-                    self.collectives,
-                    min(PROGRESS_MINUTES, self.settings.checkpoints.checkpoint_minutes),
-                )
-        result = evaluator(score, lists, progress)
-        model.train(training)
-        share = result.removed_targets / max(result.targets, 1)
-        # Once a run: data whose users come back to items are measured by a filter that leaves items in.
-        warns = sample is None and self.collectives.is_main and not self.warned_removed
-        if warns and share > TOLERATED_REMOVED:
-            logging.warning(
-                "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: "
-                "where such repeats are "
-                'to be predicted, set train_fn.seen_filter = "none"',
-                100 * share, self.settings.evaluation.seen_filter,
-            )  # fmt: skip
-            self.warned_removed = True
+        try:
+            score = catalogue_scores(model, torch.bfloat16 if settings.evaluation.eval_bf16 else None)
+            result = evaluator(score, lists, progress)
+        finally:
+            model.train(training)
+        if sample is None:
+            self._warn_of_removed(result)
         return result
+
+    def _batches_are_kept(self, model: SequenceRecommender) -> bool:
+        """Whether batches stay on an accelerator for the next evaluation: it ranks them faster than a host makes
+        them."""
+        columns = 3 + len(self.dataset.manifest.kinds)
+        window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
+        small = 8 * (window + 2 * self.dataset.num_events) <= KEPT_BYTES
+        return dispatch.waits(model.items.table) and small and not model.objective.uses_mask
+
+    def _warn_of_removed(self, result: EvaluationResult) -> None:
+        """Once a run: data whose users come back to items are to be measured by a filter that leaves items in."""
+        share = result.removed_targets / max(result.targets, 1)
+        if share > TOLERATED_REMOVED and self.collectives.is_main and not self.warned_removed:
+            logging.warning(
+                "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: where such "
+                'repeats are to be predicted, set train_fn.seen_filter = "none"',
+                100 * share,
+                self.settings.evaluation.seen_filter,
+            )
+            self.warned_removed = True
 
 
 @torch.inference_mode()
@@ -227,7 +226,6 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
     snapshot, similarity = model.catalogue(), model.similarity
     embeddings = snapshot.embeddings
 
-    @torch.inference_mode()
     def encode(batch: Batch) -> Queries:
         with dispatch.autocast(embeddings.device, autocast):
             return model.encode_query(batch)
@@ -236,6 +234,7 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
     if operands is None:
         return torch.inference_mode()(lambda batch: model.score(encode(batch), snapshot))
 
+    @torch.inference_mode()
     def queries(batch: Batch) -> torch.Tensor:
         if not batch:  # no users, while other processes ask this one for rows
             model.items.rows(torch.zeros(0, dtype=torch.int64, device=embeddings.device))
@@ -244,8 +243,7 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
         assert operands is not None
         return operands[0]
 
-    encoded = torch.inference_mode()(queries)
-    return ProductScores(encoded, operands[1], model.items.shard, similarity.score_dtype)
+    return ProductScores(queries, operands[1], model.items.shard, similarity.score_dtype)
 
 
 def measured_targets(settings: RunSettings, split: Split, part: str) -> tuple[np.ndarray, np.ndarray]:

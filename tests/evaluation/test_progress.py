@@ -61,8 +61,10 @@ def test_a_stopped_evaluation_resumes_to_the_same_numbers(scene, monkeypatch: py
     evaluation, model = scene
     expected = evaluation.test(model)
     assert list(evaluation.folder.iterdir()) == []
+    model.train()
     with pytest.raises(StopRequested):
         evaluation.test(model, stop_after(3))
+    assert model.training  # as before, so that who goes on training has dropout
     assert len(list(evaluation.folder.iterdir())) == 1
     counts = encoded_users(model, monkeypatch)
     result = evaluation.test(model)
