@@ -105,8 +105,8 @@ class EvaluationResult:
 class RankedUsers:
     """Users with what their ranks need beside scores.
 
-    user_ids: ``[B]``. batch: columns of the loader. targets: ``[B]`` ids, or what is no item and so a miss: -1 where
-    the seen filter takes the target out, 0 where it is missed otherwise. removed: what the seen filter takes out.
+    user_ids: ``[B]``. batch: columns of the loader. removed: what the seen filter takes out. targets: ``[B]`` ids; of
+    misses -1 where the filter takes the target out, 0 otherwise: neither is an item, so no score makes it a hit.
     """
 
     user_ids: torch.Tensor
@@ -115,7 +115,7 @@ class RankedUsers:
     removed: SeenItems
 
     def to(self, device: torch.device) -> RankedUsers:
-        """The same with all that a model reads on a device, but for the lengths, which lay out its tokens."""
+        """Moves what a model reads to a device, except the lengths, which lay out its tokens on the host."""
         batch = {name: x if name == "lengths" else x.to(device) for name, x in self.batch.items()}
         return replace(self, batch=batch, targets=self.targets.to(device), removed=self.removed.to(device))
 
@@ -137,9 +137,9 @@ class RankedUsers:
 class Evaluator:
     """Ranks the targets of one split.
 
-    missed_targets: ``[U]`` bool, users whose target is a miss whatever its score. rating_threshold: targets rated at
-    or above it are also counted apart. shown: goes through the loader and shows how far it is.
-    stop: asked between chunks of users whether to leave off, which raises StopRequested on all processes.
+    missed_targets: ``[U]`` bool, users whose target is a miss whatever its score. rating_threshold: targets rated this
+    high or higher are also counted apart. shown: iterates over the loader and shows its progress. stop: asked between
+    chunks of users whether to stop, which raises StopRequested on all processes.
     """
 
     def __init__(
@@ -165,12 +165,12 @@ class Evaluator:
         lists: TopLists | None = None,
         progress: EvaluationProgress | None = None,
     ) -> EvaluationResult:
-        """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for
-        list metrics too. progress: what keeps the ranks of an evaluation that is stopped.
+        """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, to be filled from the same
+        scores. progress: keeps the ranks of an evaluation that is stopped.
         """
         sharded = isinstance(score, ProductScores) and score.shard is not None
         measured = torch.zeros(len(self.loader.targets), dtype=torch.int64)
-        # Ranks begin at 1, so that 0 says not yet and a sum over processes joins them.
+        # Ranks begin at 1, so that 0 stands for not ranked yet and a sum over processes joins them.
         known = torch.zeros_like(measured) if progress is None else progress.load(len(measured))
         self.loader.leave_out(known.numpy() > 0)
         for users, ranks in self._measured(score, lists):
@@ -238,14 +238,14 @@ class Evaluator:
     def _by_products(
         self, score: ProductScores, lists: TopLists | None, prepared: Iterable[RankedUsers]
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
-        """Users in blocks of one size. Of a sharded catalogue users of all processes are ranked by each of them among
-        its own items; the main process has them, the others none.
+        """Users in blocks of one size. Where the catalogue is sharded, every process ranks the users of all among its
+        own items, and the main process alone yields them.
         """
         shard, is_main = score.shard, self.collectives.is_main
         if shard is not None:
             encoded = _of_all_processes(prepared, score, self.collectives)
         else:
-            # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
+            # Encoded in the loader's batches: states must not depend on where a stopped evaluation resumed.
             encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
         for users in _regrouped(encoded, USERS):
             queries = users.batch["queries"]
@@ -260,7 +260,7 @@ class Evaluator:
             yield users.rows(0, count), ranks[:count]
 
     def _seen_before_target(self, users: RankedUsers) -> SeenItems:
-        """Every item that the users had before their targets, also what is no longer in the window."""
+        """Every item that the users had before their targets, not in the window alone."""
         histories = self.loader.histories(users.user_ids.numpy() - 1)
         return SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
 

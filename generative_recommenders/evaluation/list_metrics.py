@@ -170,7 +170,8 @@ class ListMetrics:
         list over the size of the catalogue (V unless given). Popularity bias is the mean count of a recommended item
         over the mean count of a catalogue item: 1 for lists drawn uniformly, above 1 where popular items are favoured.
         """
-        users, metrics = max(int(self.users), 1), {}
+        users = max(int(self.users), 1)
+        metrics: dict[str, float] = {}
         for k, sums, counts in zip(self.cutoffs, self.sums.tolist(), self.recommended[:, 1:]):
             metrics |= {f"{name}@{k}": total / _ONE / users for name, total in zip(self.NAMES, sums)}
             metrics[f"coverage@{k}"] = int((counts > 0).sum()) / max(catalogue_size or len(counts), 1)

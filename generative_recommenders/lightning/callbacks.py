@@ -1,9 +1,9 @@
 """Callbacks that measure a model's lists and collect what it recommends, with RePlay's arguments.
 
 Postprocessors change scores before they are ranked: ``on_validation(batch, logits)`` and
-``on_prediction(batch, logits)`` return new ones; an attribute ``candidates`` tells them which item a column is, None
-where column j is item j. An item whose score is -inf counts in no metric and in no table; `TorchTopItemsCallback`
-returns its score beside it.
+``on_prediction(batch, logits)`` return new ones; their attribute ``candidates`` is set to the item of each column, None
+where column j is item j. An item whose score is -inf is in no metric and no table; `TorchTopItemsCallback` returns it
+with that score.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ class ComputeMetricsCallback(Callback):
     metrics: of recall, precision, ndcg, map, mrr, novelty and coverage; map, ndcg and recall unless given.
     ks: cutoffs, [1, 5, 10, 20] unless given. item_count: items of the catalogue, for coverage alone.
     ground_truth_column: relevant items of each row ``[B, G]``; train_column: items that are not new, for novelty
-        ``[B, S]``. Ids that are no items are padding: those below 0, and those above both the largest id that is scored
-        and item_count - 1.
+        ``[B, S]``. Ids below 0, or above both the largest id that is scored and item_count - 1, are padding.
     """
 
     def __init__(
@@ -101,8 +100,8 @@ class ComputeMetricsCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collectives = process_collectives(pl_module.device)
-        # Every process makes the same calls, also one that had no batch of a loader, and each has seen another largest
-        # id.
+        # Every process makes the same calls, even if it had no batch of a loader, and each may have seen another
+        # largest id.
         widths: dict[str, int] = {}
         own_widths = {str(number): own.recommended.shape[1] for number, own in self._totals.items()}
         for each in collectives.gather_object_json(own_widths):
@@ -124,7 +123,7 @@ class ComputeMetricsCallback(Callback):
 
 
 class _PredictionCallback(Callback):
-    """Keeps a part of each batch of a prediction, on the CPU."""
+    """Keeps a part of the output for each batch of a prediction, on the CPU."""
 
     def __init__(self, postprocessors: Sequence[Postprocessor] | None = None) -> None:
         super().__init__()
@@ -147,7 +146,7 @@ class _PredictionCallback(Callback):
 
     @abstractmethod
     def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
-        """The results kept of a batch, one row a query."""
+        """What to keep of a batch, one row per query."""
 
     def collected(self) -> tuple[torch.Tensor, ...]:
         """The parts of all batches; UserError before the first prediction."""
@@ -160,7 +159,7 @@ class TopItemsCallback(_PredictionCallback):
     """Collects the top_k items of each row of a prediction, best first.
 
     query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column:
-    of the items and their scores.
+    columns of the items and their scores in the result.
     """
 
     def __init__(
@@ -186,7 +185,7 @@ class TopItemsCallback(_PredictionCallback):
         return items, scores, column_of(batch, self.query_column, type(self).__name__).flatten()
 
     def columns(self) -> dict[str, Any]:
-        """One row a recommended item, as numpy arrays by name."""
+        """One row per recommended item, as numpy arrays by name."""
         items, scores, queries = self.collected()
         kept = scores.flatten() != -torch.inf
         flat = (queries.repeat_interleave(items.shape[1]), items.flatten(), scores.flatten())
@@ -199,21 +198,21 @@ class TopItemsCallback(_PredictionCallback):
 
 
 class PandasTopItemsCallback(TopItemsCallback):
-    """Recommendations as a pandas DataFrame, one row an item."""
+    """Recommendations as a pandas DataFrame, one row per item."""
 
     def get_result(self) -> pd.DataFrame:
         return pd.DataFrame(self.columns())
 
 
 class PolarsTopItemsCallback(TopItemsCallback):
-    """Recommendations as a polars DataFrame, one row an item."""
+    """Recommendations as a polars DataFrame, one row per item."""
 
     def get_result(self) -> pl.DataFrame:
         return pl.DataFrame(self.columns())
 
 
 class SparkTopItemsCallback(TopItemsCallback):
-    """Recommendations as a Spark DataFrame, one row an item. spark_session: that makes it."""
+    """Recommendations as a Spark DataFrame, one row per item. spark_session: makes the DataFrame."""
 
     def __init__(
         self,

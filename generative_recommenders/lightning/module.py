@@ -29,10 +29,9 @@ class LightningModule(lightning.LightningModule):
     """A model under Lightning's trainer.
 
     model: one of three kinds.
-        A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with those keys of the batch that its
-        forward
-            takes; it returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in evaluation
-            mode.
+        A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with the keys of the batch that its
+            forward takes; returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in
+            evaluation mode.
         A `TrainingTask`: trains on the batches of `DataModule` as main.py does, draws and loss alike.
         A `SequenceRecommender` alone: gives scores, and cannot be trained.
     The scores of the latter two are ``[B, V + 1]``: column i is item id i, and column 0, padding, is -inf.
@@ -58,8 +57,8 @@ class LightningModule(lightning.LightningModule):
 
     @property
     def candidates_to_score(self) -> torch.Tensor | None:
-        """int64 ``[C]`` distinct item ids that are scored instead of the catalogue, None for all; not read in
-        training. A batch's own, under this name, come before them."""
+        """int64 ``[C]`` distinct item ids to score instead of the catalogue, None for all; not read in training. A
+        batch's own, under this name, take precedence."""
         return self._candidates
 
     @candidates_to_score.setter
@@ -67,8 +66,8 @@ class LightningModule(lightning.LightningModule):
         self._candidates = _checked_candidates(candidates)
 
     def forward(self, batch: Any) -> Mapping[str, Any]:
-        """The model's output for a batch, which stays as it is: keys that the model does not take are for callbacks. A
-        recommender reads the batch's group "history", or its columns themselves.
+        """The model's output for a batch, whose other keys are for callbacks. A recommender reads the batch's group
+        "history", or the batch itself where there is no such group.
 
         UserError where the model needs a key that the batch lacks.
         """
@@ -125,11 +124,11 @@ class LightningModule(lightning.LightningModule):
         total = task.collectives.sum_(output.weight.detach().clone())
         loss = output.sum / total.clamp(min=1e-12)
         auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
-        # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
+        # DDP averages gradients over processes, and the logger averages values; both should be sums.
         return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
 
     def setup(self, stage: str) -> None:
-        """Lets the task know the processes that Lightning has started."""
+        """Tells the task of the processes that Lightning has started."""
         if isinstance(self.model, TrainingTask):
             # The module itself is moved to this device after its setup.
             self.model.collectives = process_collectives(self.trainer.strategy.root_device)
@@ -155,7 +154,7 @@ class LightningModule(lightning.LightningModule):
         return [optimizer], [self._lr_scheduler_factory.create(optimizer)]
 
     def on_validation_epoch_start(self) -> None:
-        """The items as scored, once for all batches of an evaluation."""
+        """Scores the items once for all batches of an evaluation."""
         if self._recommender is not None:
             self._snapshot = self._recommender.catalogue()
 
@@ -167,7 +166,7 @@ class LightningModule(lightning.LightningModule):
 
 
 def _checked_candidates(candidates: torch.Tensor | None) -> torch.Tensor | None:
-    """UserError for what is no list of distinct item ids."""
+    """UserError for anything but a list of distinct item ids."""
     if candidates is not None and (
         candidates.dim() != 1
         or candidates.dtype != torch.int64

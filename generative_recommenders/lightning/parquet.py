@@ -1,5 +1,4 @@
-"""Data module over Parquet tables: columns as left-padded tensors with masks, transformed batch by batch on the
-device."""
+"""Data module over Parquet tables: columns as left-padded tensors with masks, transformed on the device."""
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ class ParquetModule(lightning.LightningDataModule):
         return dataset, make_split(dataset, self.protocol)
 
     def _sources_of(self, split: str) -> list[Source]:
-        """What a split is read from; a table of the prepared folder is made when it is first asked for."""
+        """What a split is read from; a table of the prepared folder is made on first use."""
         if split not in self._sources and self.prepared_folder is not None:
             self._sources[split] = [prepared_table(*self._prepared, split)]
         return self._sources.get(split, [])
@@ -139,7 +138,7 @@ class ParquetBatches:
         self.name = source if isinstance(source, str | Path) else "the prepared folder"
         table = source if isinstance(source, pa.Table) else read_columns(Path(source), list(metadata))
         require_columns(table.column_names, list(metadata), self.name)
-        # Of a column in several chunks, each `take` of a batch would join them all anew.
+        # With several chunks, `take` would join them all again for each batch.
         self.table = table.combine_chunks()
 
     def __len__(self) -> int:
@@ -154,9 +153,9 @@ class ParquetBatches:
         rank, world = place_of(self.trainer)
         if self.shuffle:
             generator = self.generator or torch.Generator().manual_seed((torch.initial_seed() + epoch) % 2**63)
-            # The processes share out one order, so torch's seed has to be the same in all (`seed_everything`).
+            # The processes deal out one order, so torch's seed has to be the same in all (`seed_everything`).
             rows = torch.randperm(len(rows), generator=generator).numpy()
-            # A process with one batch more would wait for the others' gradients for ever.
+            # A process with one more batch would wait forever for the others' gradients.
             rows = rows[: len(rows) // world * world]
         return rows[rank::world]
 
@@ -178,7 +177,7 @@ class ParquetBatches:
 
 
 def place_of(trainer: lightning.Trainer | None) -> tuple[int, int]:
-    """Rank of this process and the number of all."""
+    """Rank of this process and the number of processes."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 

@@ -100,7 +100,7 @@ class DataModule(lightning.LightningDataModule):
         """Histories before a target, with it and with what is removed from the ranking."""
         settings, (rank, world) = self.settings, place_of(self.trainer)
         targets, missed = measured_targets(settings, self.split, part)
-        # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
+        # Users, not batches, are dealt to the processes: Lightning's hooks would wait for one without a batch.
         mine = np.flatnonzero(targets >= 0)[rank::world]
         size = evaluation_batch_size(settings)
         loader = EvaluationLoader(self.dataset, targets, settings.data.max_sequence_length, size, users=mine)
@@ -129,7 +129,7 @@ class DataModule(lightning.LightningDataModule):
         return padded.masked_fill(padded == 0, -1)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """A task draws on the CPU for a batch, which it then moves itself."""
+        """Leaves training batches alone: a task draws for them on the CPU and then moves them itself."""
         if isinstance(batch, LoadedBatch):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -144,7 +144,7 @@ class DataModule(lightning.LightningDataModule):
 
 
 class _Batches:
-    """Batches of a known number, made anew in each pass."""
+    """A known number of batches, made anew in each pass."""
 
     def __init__(self, length: int, batches: Callable[[], Iterator[Any]]) -> None:
         self.length, self.batches = length, batches

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.config.registry import TOP_K_MODULES, Part, named_top_k
+from generative_recommenders.config.registry import TOP_K_MODULES, named_top_k
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceRecommender
@@ -24,13 +24,12 @@ def make_top_k(
     item_embeddings: ``[V, D]``, as scored; row i belongs to id i + 1.
     """
     part, numbers = named_top_k(method)
-    of_its_own = {
-        each.name
-        for each in TOP_K_MODULES.parts()
-        if _type_of(each) is not object and isinstance(similarity, _type_of(each))
-    }
-    # products are the default, and right for a plug-in's similarity too unless it has searches of its own
-    if not isinstance(similarity, _type_of(part)) or (part.name == "MIPSBruteForceTopK" and of_its_own):
+    types = {each.name: getattr(each.make, "similarity_type", object) for each in TOP_K_MODULES.parts()}
+    fits = isinstance(similarity, types[part.name])
+    if part.name == "MIPSBruteForceTopK":
+        # the default, which is right for a plug-in's similarity too unless that has searches of its own
+        fits = not any(each is not object and isinstance(similarity, each) for each in types.values())
+    if not fits:
         raise UserError(f"train_fn.top_k_method {method} does not fit {type(similarity).__name__}")
     supplies = {"similarity": similarity, "item_embeddings": item_embeddings}
     return part.build({**(options or {}), **numbers}, supplies)
@@ -47,7 +46,3 @@ def build_top_k(settings: RunSettings, model: SequenceRecommender, items: torch.
 def check_top_k(settings: RunSettings, model: SequenceRecommender) -> None:
     """UserError where ``train_fn.top_k_method`` does not fit the model."""
     build_top_k(settings, model, torch.zeros(1, model.items.embedding_dim))
-
-
-def _type_of(part: Part) -> type:
-    return getattr(part.make, "similarity_type", object)
