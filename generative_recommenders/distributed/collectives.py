@@ -13,8 +13,7 @@ import torch
 
 
 class Collectives:
-    """One process: every operation is the identity. Every process of a run must make the same calls in the
-    same order.
+    """One process: every exchange is the identity. Every process of a run must make the same calls in the same order.
 
     rank: 0 .. world_size - 1. device: where this process computes.
     """
@@ -30,14 +29,11 @@ class Collectives:
         """Whether this process writes files and log lines."""
         return self.rank == 0
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Overwrites a number tensor (any shape, equal on all processes) with its sum over processes;
-        returns it."""
-        return tensor
+    # -- exchanges of tensors, by which processes differ from one --------------------------------------------------
 
-    def sum_scalar(self, value: float) -> float:
-        """The sum of one number a process, in float64."""
-        return float(value)
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrites a number tensor (any shape, equal on all processes) with its sum over processes; returns it."""
+        return tensor
 
     def gather_variable(self, tensor: torch.Tensor) -> torch.Tensor:
         """``[n, ...]`` with n of each process's own to ``[sum of n, ...]`` in rank order, on every process.
@@ -46,20 +42,9 @@ class Collectives:
         """
         return tensor.detach()
 
-    def broadcast_object_json(self, value: Any) -> Any:
-        """The main process's value everywhere, as JSON returns it (tuples become lists). Other processes'
-        is not read."""
-        return json.loads(json.dumps(value))
-
-    def gather_object_json(self, value: Any) -> list[Any]:
-        """Every process's value, as JSON returns it, in rank order."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = self.gather_variable(torch.tensor([text.numel()])).tolist()
-        return [json.loads(bytes(part.tolist())) for part in self.gather_variable(text).split(lengths)]
-
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Overwrites a contiguous tensor (dtype and shape equal on all processes) with the main process's;
-        returns it."""
+        """Overwrites a contiguous tensor (dtype and shape equal on all processes) with the main process's; returns
+        it."""
         return tensor
 
     def exchange(
@@ -77,9 +62,30 @@ class Collectives:
         Only these two need to call."""
         return tensor
 
-    def barrier(self) -> None:
-        """Returns once every process has called it."""
+    # -- made of them ----------------------------------------------------------------------------------------------
+
+    def sum_scalar(self, value: float) -> float:
+        """The sum of one number a process, in float64."""
+        return float(self.sum_(torch.tensor(float(value), dtype=torch.float64)))
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return bool(flag)
+        return self.sum_scalar(flag) > 0
+
+    def barrier(self) -> None:
+        """Returns once every process has called it."""
+        self.sum_scalar(0.0)  # NCCL's own barrier has to guess the device; a sum is on ours
+
+    def broadcast_object_json(self, value: Any) -> Any:
+        """The main process's value everywhere, as JSON returns it (tuples become lists). Other processes' is not
+        read."""
+        text = json.dumps(value).encode() if self.is_main else b""
+        length = int(self.sum_scalar(len(text)))  # others have to know it, and count 0 themselves
+        sent = torch.frombuffer(bytearray(text) if self.is_main else bytearray(length), dtype=torch.uint8)
+        return json.loads(bytes(self.broadcast_(sent).tolist()))
+
+    def gather_object_json(self, value: Any) -> list[Any]:
+        """Every process's value, as JSON returns it, in rank order."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.gather_variable(torch.tensor([text.numel()])).tolist()
+        return [json.loads(bytes(part.tolist())) for part in self.gather_variable(text).split(lengths)]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from absl import logging
 from torch.multiprocessing import ProcessExitedException, start_processes
 
-from generative_recommenders.distributed.heartbeat import Heartbeat
+from generative_recommenders.distributed.heartbeat import heartbeat
 from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.process_group import join_group, process_collectives, process_device
 from generative_recommenders.distributed.rendezvous import DEFAULT_PORT, Rendezvous, given_rendezvous
@@ -155,11 +155,10 @@ def _join_given(given: Rendezvous, job: Job) -> int:
         agent = dist.TCPStore(given.address, given.port, None, is_master=False, timeout=job.timeout)
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", agent)
     join_group(given.rank, given.world_size, neighbours, job.device_type, job.timeout, store)
-    peers: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if not given.is_supervised:
-        heartbeat = Heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
-        peers, store = heartbeat, heartbeat.store
-    with peers:
+    with contextlib.ExitStack() as peers:
+        if not given.is_supervised:
+            watched = heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
+            store = peers.enter_context(watched)
         _stores[:] = [] if store is None else [store]
         try:
             return job.work(given.rank)

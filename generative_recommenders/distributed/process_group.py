@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +32,6 @@ class ProcessGroup(Collectives):
         with torch.no_grad():
             return tensor if sent.data_ptr() == tensor.data_ptr() else tensor.copy_(sent)
 
-    def sum_scalar(self, value: float) -> float:
-        return float(self.sum_(torch.tensor(float(value), dtype=torch.float64, device=self.device)))
-
     def gather_variable(self, tensor: torch.Tensor) -> torch.Tensor:
         rows = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         rows[self.rank] = tensor.shape[0]
@@ -48,18 +43,8 @@ class ProcessGroup(Collectives):
         dist.all_gather([_as_bytes(each) for each in received], _as_bytes(sent))
         return torch.cat([each[:count] for each, count in zip(received, counts)]).to(tensor.device)
 
-    def broadcast_object_json(self, value: Any) -> Any:
-        text = json.dumps(value).encode() if self.is_main else b""
-        length = int(self.sum_scalar(len(text)))  # others have to know it, and count 0 themselves
-        sent = torch.zeros(length, dtype=torch.uint8)
-        if self.is_main:
-            sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        sent = sent.to(self.device)
-        dist.broadcast(sent, src=0)
-        return json.loads(bytes(sent.tolist()))
-
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
-        for part in _as_bytes(tensor.detach()).split(BROADCAST_BYTES) if tensor.numel() else ():
+        for part in _parts(tensor):
             sent = part.to(self.device)
             dist.broadcast(sent, src=0)
             part.copy_(sent)
@@ -81,7 +66,7 @@ class ProcessGroup(Collectives):
     def send_(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
         if source == target or self.rank not in (source, target):
             return tensor
-        for part in _as_bytes(tensor.detach()).split(BROADCAST_BYTES) if tensor.numel() else ():
+        for part in _parts(tensor):
             moved = part.to(self.device)
             if self.rank == source:
                 dist.send(moved, target)
@@ -89,12 +74,6 @@ class ProcessGroup(Collectives):
                 dist.recv(moved, source)
                 part.copy_(moved)
         return tensor
-
-    def barrier(self) -> None:
-        self.sum_scalar(0.0)  # NCCL's own barrier has to guess the device; a sum is on ours
-
-    def any(self, flag: bool) -> bool:
-        return self.sum_scalar(float(flag)) > 0
 
 
 def process_collectives(device: torch.device | str) -> Collectives:
@@ -151,3 +130,8 @@ def join_group(
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor, so that every dtype can be exchanged."""
     return tensor.view(-1).view(torch.uint8)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The memory of a contiguous tensor in parts of at most `BROADCAST_BYTES`; none of an empty one."""
+    return _as_bytes(tensor.detach()).split(BROADCAST_BYTES) if tensor.numel() else ()

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 130
@@ -44,22 +43,24 @@ class StopRequest(contextlib.ExitStack):
 
 
 @contextlib.contextmanager
-def handled_signals(handle: Callable[[int], object]) -> Iterator[None]:
+def handled_signals(handle: Callable[[int], object], wakeup: int = -1) -> Iterator[None]:
     """Calls ``handle(signal number)`` on SIGTERM and SIGINT; restores the handlers before it at the end.
 
-    Python lets the main thread alone set handlers; in any other thread this does nothing.
+    wakeup: file descriptor to which Python writes the number of a signal at once, whatever the main thread is in; none,
+    unless given, so that an outer `interrupts` does not hear of what is handled here. Python lets the main thread alone
+    set handlers; in any other thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wakeup = signal.set_wakeup_fd(-1)  # `interrupts` shall not hear of what is handled here
+    wakeup_before = signal.set_wakeup_fd(wakeup)
     previous = {number: signal.signal(number, lambda caught, _: handle(caught)) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(wakeup)
+        signal.set_wakeup_fd(wakeup_before)
 
 
 @contextlib.contextmanager
@@ -70,12 +71,9 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     main thread is in returns; where that takes longer than grace_seconds, the process ends with exit code
     `INTERRUPTED`. A `StopRequest` that is opened within takes the signals over.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     raised = threading.Event()
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int) -> None:
         raised.set()
         raise KeyboardInterrupt
 
@@ -85,19 +83,14 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
                 os.write(2, b"error: interrupted\n")
                 os._exit(INTERRUPTED)
 
-    # Python writes the number of a signal into this pipe at once, whatever the main thread is in.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer)
-    previous = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     watcher = threading.Thread(target=exit_after_grace, daemon=True)
     watcher.start()
     try:
-        yield
+        with handled_signals(interrupt, writer):
+            yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(before)
         os.close(writer)
         watcher.join()
         os.close(reader)
