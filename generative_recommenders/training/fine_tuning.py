@@ -28,8 +28,9 @@ MAY_DIFFER = (
 """Parts that one model may have and the other not: they start new, or are left out."""
 DATA = ("items.row_of_item", "items.features.", "sequence.context_merger.features.")
 """Tensors that hold data: those of the data that are trained on stay."""
-Rows = tuple[np.ndarray, np.ndarray]
-"""Rows of one of our tables, and the rows of theirs that go there, ``[n]`` int64 each."""
+Rows = tuple[Any, Any]
+"""Rows of one of our tensors, and the rows of theirs that go there: ``[n]`` int64 each, or `EVERYTHING`."""
+EVERYTHING: Rows = (..., ...)
 
 
 def initialize(
@@ -104,7 +105,7 @@ def transfer(
     known_items = pairs(dataset.original_item_ids().to_pylist(), ids)
     moves, summary = _moves(model, source, catalogue, dataset, checkpoint, known_items)
     own, theirs = model.state_dict(), source.state_dict()
-    moves |= {name: (name, None) for name in own if name in theirs and name not in moves}
+    moves |= {name: (name, EVERYTHING) for name in own if name in theirs and name not in moves}
     new = [name for name in own if moves.get(name) is None and not name.startswith(DATA)]
     taken = {move[0] for move in moves.values() if move is not None}
     left_out = [name for name in theirs if name not in taken and not name.startswith(DATA)]
@@ -115,18 +116,15 @@ def transfer(
     for name, move in moves.items():
         if move is None or name.startswith(DATA):
             continue
-        (theirs_name, rows), value = move, theirs[move[0]]
-        shapes = (own[name].shape, value.shape) if rows is None else (own[name].shape[1:], value.shape[1:])
-        if shapes[0] != shapes[1]:
+        source_name, (to, of) = move
+        target, value = own[name], theirs[source_name]
+        numbered = int(to is not ...)  # as many dimensions count rows, which may be more here than there
+        if target.shape[numbered:] != value.shape[numbered:]:
             raise UserError(
-                f"{checkpoint.path} does not fit: {theirs_name} is {list(value.shape)} there and "
-                f"{list(own[name].shape)} here"
+                f"{checkpoint.path} does not fit: {source_name} is {list(value.shape)} there and "
+                f"{list(target.shape)} here"
             )
-        if rows is None:
-            own[name].copy_(value)
-        else:
-            to, of = (torch.from_numpy(each) for each in rows)
-            own[name][to.to(own[name].device)] = value[of].to(own[name].device)
+        target[to] = value[of].to(target.device)
     criterion, saved_criterion = task.criterion.state_dict(), tensors_of(checkpoint, "criterion")
     if {name: x.shape for name, x in criterion.items()} == {n: x.shape for n, x in saved_criterion.items()}:
         task.criterion.load_state_dict(saved_criterion)
@@ -146,13 +144,13 @@ def _moves(
     dataset: SequenceDataset,
     checkpoint: Checkpoint,
     items: Rows,
-) -> tuple[dict[str, tuple[str, Rows | None] | None], list[str]]:
+) -> tuple[dict[str, tuple[str, Rows] | None], list[str]]:
     """Tables whose rows belong to items, users or categories: their names in the source, and which rows go where; None
     for one that starts new. Beside them what is to be said of users.
     """
-    to, of = (getattr(each.items, "row_of_item", None) for each in (model, source))
-    item_rows = [rows if table is None else table.cpu().numpy()[rows] for rows, table in zip(items, (to, of))]
-    moves: dict[str, tuple[str, Rows | None] | None] = {"items.table": ("items.table", with_fill(first_of(*item_rows)))}
+    row_of_item = [getattr(each.items, "row_of_item", None) for each in (model, source)]
+    item_rows = [rows if table is None else table.cpu().numpy()[rows] for rows, table in zip(items, row_of_item)]
+    moves: dict[str, tuple[str, Rows] | None] = {"items.table": ("items.table", with_fill(first_of(*item_rows)))}
     summary = []
     tables = [getattr(each.similarity, "user_tables", ()) for each in (model, source)]
     if len(tables[0]):
@@ -165,17 +163,17 @@ def _moves(
             rows = first_of(users[0] % own.num_embeddings, users[1] % their.num_embeddings)
             as_it_is = now == old and own.num_embeddings == their.num_embeddings
             name = f"similarity.user_tables.{place}.weight"
-            moves[name] = name, None if as_it_is else rows
+            moves[name] = name, EVERYTHING if as_it_is else rows
     facts, saved = catalogue.facts(model, dataset), data_facts(checkpoint)
-    vocabularies = [
+    columns, saved_columns = (
         {each["name"]: each["categories"] for each in of_data.get("event_columns", ())} for of_data in (facts, saved)
-    ]
-    for name in [name for name, names in vocabularies[0].items() if names and vocabularies[1].get(name)]:
-        weight = f"sequence.event_features.weights.of_{name}"
-        moves[weight] = weight, with_fill(pairs(vocabularies[0][name], vocabularies[1][name]))
-    manifest = dataset.manifest
-    same = {"data_hash": manifest.data_hash, "features_hash": manifest.features_hash}
-    unchanged = all(checkpoint.state.get(name) == value for name, value in same.items())
+    )
+    for column, names in columns.items():
+        if names and saved_columns.get(column):
+            weight = f"sequence.event_features.weights.of_{column}"
+            moves[weight] = weight, with_fill(pairs(names, saved_columns[column]))
+    hashes = "data_hash", "features_hash"
+    unchanged = all(checkpoint.state.get(name) == getattr(dataset.manifest, name) for name in hashes)
     for owner in ("item", "user"):
         ours, theirs = (_feature_modules(each, owner) for each in (model, source))
         for feature, (prefix, module) in ours.items():
@@ -183,14 +181,13 @@ def _moves(
             categories = [
                 of_data.get(f"{owner}_encodings", {}).get(feature, {}).get("categories") for of_data in (facts, saved)
             ]
-            fits = old is not None and type(old) is type(module)
-            rows_of: Rows | None = None
+            fits, rows = type(old) is type(module), EVERYTHING
             if fits and all(categories):  # the last row is that of categories never seen
-                rows_of = with_fill(pairs(*categories), (len(categories[0]) + 1, len(categories[1]) + 1))
+                rows = with_fill(pairs(*categories), (len(categories[0]) + 1, len(categories[1]) + 1))
             elif any(categories) and not unchanged:  # older releases did not write those of users
                 fits = False
             for name in module.state_dict():
-                moves[f"{prefix}.{name}"] = (f"{old_prefix}.{name}", rows_of) if fits else None
+                moves[f"{prefix}.{name}"] = (f"{old_prefix}.{name}", rows) if fits else None
     return moves, summary
 
 

@@ -175,24 +175,6 @@ class AdamW:
         return None
 
 
-class FusedRowwiseAdagrad(TableOptimizer):
-    """`RowwiseAdagrad` by fbgemm, of a table that TorchRec keeps. `step` sums over processes by itself.
-
-    rows: what that optimizer of the whole table would be, of which the rates are taken.
-    """
-
-    def __init__(self, kept: TorchRecTable, rows: TableOptimizer) -> None:
-        super().__init__(rows.table, rows.learning_rate, weight_decay=0.0)
-        self.kept, self.relative_rate = kept, rows.relative_rate
-        self.state = {"sum_of_squares": kept.sum_of_squares}
-
-    def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
-        self.update(slice(None), grads)  # rows are where the lookup found them
-
-    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, changed: torch.Tensor | None = None) -> None:
-        self.kept.update(grads)
-
-
 @register_optimizer("lazy_adamw", gin_name="lazy_adamw")
 class LazyRows(AdamW):
     """AdamW; the item table by `LazyAdamW`."""
@@ -229,7 +211,8 @@ class Optimizer:
     ``cosine_shift`` is added to the step there: a run that was resumed at another batch has done other steps than those
     that lead to its place.
     sum_over_shards: sums a number over processes, where each holds rows of the table of its own.
-    kept: what keeps and updates the table where TorchRec does.
+    kept: what keeps the table where TorchRec does, and updates its rows, where the lookup found them, by the
+    `RowwiseAdagrad` of fbgemm, which sums their gradients over processes.
     """
 
     def __init__(
@@ -245,8 +228,9 @@ class Optimizer:
     ) -> None:
         self.rule, self.table, self.sum_over_shards = rule, table, sum_over_shards
         self.sparse = rule.rows(table) if table.requires_grad else None
+        self.kept = kept if self.sparse is not None else None
         if self.sparse is not None and kept is not None:
-            self.sparse = FusedRowwiseAdagrad(kept, self.sparse)
+            self.sparse.state = {"sum_of_squares": kept.sum_of_squares}
         # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
         self.parameters = [p for p in (*dense, *(() if self.sparse else (table,))) if p.requires_grad]
         self.dense = rule.dense(self.parameters) if self.parameters else None
@@ -260,8 +244,8 @@ class Optimizer:
 
     def before_lookup(self, step: int) -> None:
         """Comes before the rows of a step are looked up. step: as of `step`."""
-        if isinstance(self.sparse, FusedRowwiseAdagrad):  # fbgemm takes the rate with the lookup
-            self.sparse.kept.set_learning_rate(self.rate(step) * self.sparse.relative_rate)
+        if self.sparse is not None and self.kept is not None:  # fbgemm takes the rate with the lookup
+            self.kept.set_learning_rate(self.rate(step) * self.sparse.relative_rate)
 
     @property
     def capturable(self) -> bool:
@@ -295,10 +279,8 @@ class Optimizer:
 
     def _update_table(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """The rows' own update, or their gradient in the dense one's."""
-        if self.sparse is not None:
-            self.sparse.learning_rate = rate * self.sparse.relative_rate
-        if isinstance(self.sparse, FusedRowwiseAdagrad):
-            self.sparse.step(rows, grads)
+        if self.kept is not None:
+            self.kept.update(grads)
             return
         if rows is not None and dispatch.waits(rows):
             # What fills up the end of `sorted_unique` has no gradient of its own, and writes what its row gets.
@@ -306,6 +288,7 @@ class Optimizer:
         if self.sparse is None:
             self.table.grad = grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
         else:
+            self.sparse.learning_rate = rate * self.sparse.relative_rate
             self.sparse.step(rows, grads)
 
     def gradient_norm(self, table_grads: torch.Tensor | None) -> torch.Tensor:
@@ -315,22 +298,23 @@ class Optimizer:
         later.
         """
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        if table_grads is not None and not isinstance(self.sparse, FusedRowwiseAdagrad):
+        if table_grads is not None and self.kept is None:
             own = table_grads.norm()
-            shards = self.sum_over_shards
-            norms.append(own if shards is None else shards(own.square()).sqrt())
+            norms.append(own if self.sum_over_shards is None else self.sum_over_shards(own.square()).sqrt())
         return torch.stack(norms).norm() if norms else torch.zeros(())
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All state by name, for `load_state_tensors`."""
-        tensors = {}
-        for index, parameter in enumerate(self.parameters):
-            assert self.dense is not None  # there are parameters
-            for name, value in self.dense.state.get(parameter, {}).items():
-                tensors[f"{DENSE}{index}.{name}"] = torch.as_tensor(value)
-        if self.sparse is not None:
-            tensors.update({f"table.{name}": value for name, value in self.sparse.state.items()})
-        return tensors
+        state = self.dense.state if self.dense is not None else {}
+        return self._table_state() | {
+            f"{DENSE}{index}.{name}": torch.as_tensor(value)
+            for index, parameter in enumerate(self.parameters)
+            for name, value in state.get(parameter, {}).items()
+        }
+
+    def _table_state(self) -> dict[str, torch.Tensor]:
+        state = self.sparse.state if self.sparse is not None else {}
+        return {f"table.{name}": value for name, value in state.items()}
 
     @property
     def table_prefix(self) -> str:
@@ -343,32 +327,30 @@ class Optimizer:
         self._check_state(tensors)
         for index, parameter in enumerate(self.parameters):
             prefix = f"{DENSE}{index}."
-            state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            state = {
+                name.removeprefix(prefix): value.to(parameter.device).clone()
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
             if state and self.dense is not None:
-                on_device = {name: value.to(parameter.device).clone() for name, value in state.items()}
-                self.dense.state[parameter] = on_device
-        if self.sparse is not None:
-            for name, value in self.sparse.state.items():
-                value.copy_(tensors[f"table.{name}"])
+                self.dense.state[parameter] = state
+        for name, value in self._table_state().items():
+            value.copy_(tensors[name])
 
     def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """UserError for names, shapes or dtypes that do not fit. A parameter that never had a gradient has no state."""
-        expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         probe = torch.nn.Parameter(torch.zeros(2, 3))
         probe.grad = torch.zeros_like(probe)
         optimizer = self.rule.dense([probe])
         optimizer.step()  # torch's optimizers make their state in the first step
-        form = {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
+        made = {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
+        expected = self._table_state()
         for index, parameter in enumerate(self.parameters):
             if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
-                for name, value in form.items():
-                    whole = value.dim() > 0  # a tensor of the parameter's shape; else a number, as the step
-                    shape, dtype = (parameter.shape, parameter.dtype) if whole else (value.shape, value.dtype)
-                    expected[f"{DENSE}{index}.{name}"] = shape, dtype
-        if self.sparse is not None:
-            expected.update({f"table.{name}": (x.shape, x.dtype) for name, x in self.sparse.state.items()})
-        found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-        if found != expected:
-            odd = min(name for name in expected | found if found.get(name) != expected.get(name))
+                # like the parameter, or a number, as the step
+                expected |= {f"{DENSE}{index}.{name}": parameter if x.dim() else x for name, x in made.items()}
+        found, wanted = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (tensors, expected))
+        if found != wanted:
+            odd = min(name for name in wanted | found if found.get(name) != wanted.get(name))
             shown = f"{found[odd][0]} of {found[odd][1]}" if odd in found else "missing"
             raise UserError(f"the optimizer's state does not fit the configuration: {odd} is {shown}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Annotated
@@ -85,8 +86,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         rows = {name: tensors.pop(name) for name in _row_tensors(trainer, tensors)}
         shards = shards_on_main(trainer.collectives, shard, rows)
         if not trainer.collectives.is_main:
-            for _ in shards:
-                pass
+            deque(shards, 0)
             return
     users = trainer.dataset.original_user_ids() if reads_users(trainer.model) else None
     tensors |= data_tensors(trainer.catalogue.counts, users)
@@ -96,8 +96,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "warnings": trainer.log.state(),
         "data_hash": manifest.data_hash,
         "split_hash": trainer.split.hash,
-        "features_hash": manifest.features_hash,
-        "columns_hash": manifest.columns_hash,
+        **{name: getattr(manifest, name) for name in DATA_PARTS},
         "data": trainer.facts,
         "optimizer_tensors": len(parts["optimizer"]),
         "frozen": trainer.frozen,
@@ -105,12 +104,10 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "global_batch": trainer.loader.global_batch,
     }
     trainer.log.flush()  # first: a resumed run keeps the records up to its checkpoint's step, which must be there
-    position = trainer.progress.epoch, trainer.progress.step
     try:
-        store.save(position, tensors, state, metric, is_best, shards)
+        store.save((trainer.progress.epoch, trainer.progress.step), tensors, state, metric, is_best, shards)
     finally:
-        for _ in shards:  # where the disk is full the others are still sending
-            pass
+        deque(shards, 0)  # where the disk is full the others are still sending
 
 
 def _row_tensors(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -131,20 +128,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.log.restore(checkpoint.state["warnings"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
-    manifest, protocol = trainer.dataset.manifest, trainer.settings.data.protocol
-    if split_hash != trainer.split.hash and checkpoint.state.get("data_hash") == manifest.data_hash:
-        raise UserError(
-            f"train_fn.protocol = {protocol!r} splits the data otherwise than when this run began "
-            f"(hash {split_hash} then, {trainer.split.hash} now): keep the protocol or start a new run"
-        )
-    check_same_data(split_hash, trainer.split.hash)
-    for name in DATA_PARTS:
-        check_same_part(checkpoint, trainer.dataset, name)
-    if checkpoint.state.get("frozen", []) != trainer.frozen:
-        raise UserError(
-            "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
-            "train_fn.initialize_from"
-        )
+    _check_same_run(trainer, checkpoint, split_hash)
     by_rows = {*_row_tensors(trainer, checkpoint.tensors), *checkpoint.row_shapes}
     checkpoint = with_rows(trainer.collectives, checkpoint, by_rows, trainer.model.items.shard)
     load_model(trainer.model, checkpoint)
@@ -160,20 +144,42 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "resuming a run of %d processes on %d: dropout draws differ",
             processes, trainer.collectives.world_size,
         )  # fmt: skip
-    if batch != (now := trainer.loader.global_batch):
-        # The steps that cover the users of those done at another batch, and no more: the place in an epoch is one of
-        # users.
-        users = trainer.loader.users.size
-        done = min(progress.step_in_epoch * batch, users)
-        progress.step_in_epoch = len(trainer.loader) if done == users else done // now
-        logging.warning(
-            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, "
-            "%d of them are seen again",
-            now, batch, done, done - min(progress.step_in_epoch * now, users),
-        )  # fmt: skip
-    # An epoch has fewer steps than when it began where other training_windows were chosen.
-    progress.step_in_epoch = min(progress.step_in_epoch, len(trainer.loader))
+    progress.step_in_epoch = _place_in_epoch(trainer, progress.step_in_epoch, batch)
     trainer.progress = progress
     # 0 in a run that nothing changed. Where an epoch has other steps than before, its place counts, not its steps.
     place = progress.epoch * len(trainer.loader) + progress.step_in_epoch
     trainer.step.optimizer.cosine_shift = place - progress.step
+
+
+def _check_same_run(trainer: Trainer, checkpoint: Checkpoint, split_hash: str) -> None:
+    """UserError where the checkpoint is of other data, another split or other frozen parameters."""
+    manifest, protocol = trainer.dataset.manifest, trainer.settings.data.protocol
+    if split_hash != trainer.split.hash and checkpoint.state.get("data_hash") == manifest.data_hash:
+        raise UserError(
+            f"train_fn.protocol = {protocol!r} splits the data otherwise than when this run began "
+            f"(hash {split_hash} then, {trainer.split.hash} now): keep the protocol or start a new run"
+        )
+    check_same_data(split_hash, trainer.split.hash)
+    for name in DATA_PARTS:
+        check_same_part(checkpoint, trainer.dataset, name)
+    if checkpoint.state.get("frozen", []) != trainer.frozen:
+        raise UserError(
+            "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
+            "train_fn.initialize_from"
+        )
+
+
+def _place_in_epoch(trainer: Trainer, steps: int, batch: int) -> int:
+    """Steps of this run's global batch that stand for ``steps`` of a batch of ``batch`` users."""
+    length, now = len(trainer.loader), trainer.loader.global_batch
+    if batch != now:
+        # Those that cover the users of the steps done, and no more: the place in an epoch is one of users.
+        users = trainer.loader.users.size
+        done = min(steps * batch, users)
+        steps = length if done == users else done // now
+        logging.warning(
+            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, "
+            "%d of them are seen again",
+            now, batch, done, done - min(steps * now, users),
+        )  # fmt: skip
+    return min(steps, length)  # an epoch has fewer steps than when it began where other training_windows were chosen

@@ -42,7 +42,7 @@ class TrainingStep:
 
     def __init__(self, task: TrainingTask, optimizer: Optimizer, collectives: Collectives) -> None:
         self.task, self.optimizer, self.collectives = task, optimizer, collectives
-        self.warned_empty = False
+        self._warned_empty = False
         self._runner: torch.nn.Module | None = task if collectives.world_size == 1 else None
 
     def __call__(self, batch: LoadedBatch, step: int) -> StepResult:
@@ -70,12 +70,11 @@ class TrainingStep:
         if mean.device.type == "cpu" and not mean.isfinite():  # an accelerator would have to be waited for
             return StepResult(mean, total, 0.0)
         if read_total() == 0:
-            if not self.warned_empty:
+            if not self._warned_empty:
                 logging.warning(
-                    "step %d has no target with weight: update skipped (later such steps are not logged)",
-                    step + 1,
+                    "step %d has no target with weight: update skipped (later ones are not logged)", step + 1
                 )
-            self.warned_empty = True
+            self._warned_empty = True
             return StepResult(mean, total, 0.0)
         norm = self.optimizer.gradient_norm(gradients) if self.measures_norm else None
         rate = self.optimizer.rate(step)

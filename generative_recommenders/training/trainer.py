@@ -70,22 +70,18 @@ class Trainer:
             dataset, split.train_stops, data.max_sequence_length, schedule.local_batch_size, schedule.random_seed,
             data.positional_sampling_ratio, collectives.rank, collectives.world_size, data.training_windows,
         )  # fmt: skip
-        table, steps = self.model.items.table, schedule.num_epochs * len(self.loader)
-        rates = {"learning_rate": updates.learning_rate, "weight_decay": updates.weight_decay}
+        if len(self.loader) == 0:
+            raise UserError(f"{data.dataset_name}: no user has 2 training events; there is nothing to learn from")
+        items, rates = self.model.items, {each: getattr(updates, each) for each in ("learning_rate", "weight_decay")}
         optimizer = Optimizer(
-            [p for p in self.task.parameters() if p is not table], table,
+            [p for p in self.task.parameters() if p is not items.table], items.table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
-            steps if updates.learning_rate_schedule == "cosine" else None,
-            None if self.model.items.shard is None else collectives.sum_,
-            self.model.items.kept,
+            schedule.num_epochs * len(self.loader) if updates.learning_rate_schedule == "cosine" else None,
+            None if items.shard is None else collectives.sum_, items.kept,
         )  # fmt: skip
         self.task.updates_rows = optimizer.sparse is not None
-        parts, rows = (self.task, optimizer, collectives), schedule.local_batch_size
-        self.step = CapturedStep(*parts, rows) if can_capture(*parts) else TrainingStep(*parts)
-        if len(self.loader) == 0:
-            raise UserError(
-                f"{settings.data.dataset_name}: no user has 2 training events; there is nothing to learn from"
-            )
+        parts = self.task, optimizer, collectives
+        self.step = CapturedStep(*parts, schedule.local_batch_size) if can_capture(*parts) else TrainingStep(*parts)
         if collectives.world_size > 1 and collectives.is_main:
             logging.info(
                 "%d processes evaluate exactly as one does, and train as one to float rounding where nothing is "
@@ -185,17 +181,17 @@ class Trainer:
         check_every = 1 if self.collectives.device.type == "cpu" else ACCELERATOR_CHECK
         batches = self.loader.epoch(p.epoch, p.step_in_epoch)
         ready = prefetch(batches, min(self.settings.loader.prefetch_factor, MAX_PREFETCH))
-        started, before = perf_counter(), p.seconds
+        began = perf_counter() - p.seconds
         for loaded in self.log.watch(ready, len(self.loader), p.step_in_epoch, p.epoch):
             waiting.append((loaded, self.run_step(loaded)))
-            if len(waiting) >= check_every or p.step % self.settings.evaluation.eval_interval == 0:
+            recorded = self._is_recorded(p.step)
+            if recorded or len(waiting) >= check_every:
                 self.account(waiting)
-            p.seconds = before + perf_counter() - started
-            if p.step % self.settings.evaluation.eval_interval == 0:
+            p.seconds = perf_counter() - began
+            if recorded:
                 with self.log.timed("evaluation"):
                     quick = self.evaluation.validation(self.model, 1, draw=p.step).metrics()
                 self.log.step(p.step, self.last, p.seconds, quick)
-                started, before = perf_counter(), p.seconds  # evaluations do not count
             on_step()
             stopping, saving = self.agreed(stop())
             if stopping or saving:
@@ -204,7 +200,8 @@ class Trainer:
                 raise StopRequested
             if saving:
                 self.save(store)
-                started, before = perf_counter(), p.seconds
+            if recorded or saving:
+                began = perf_counter() - p.seconds  # evaluations and checkpoints do not count
             if p.step >= last_step:
                 break
         self.account(waiting)
@@ -218,12 +215,16 @@ class Trainer:
 
     def run_step(self, loaded: LoadedBatch) -> StepResult:
         """One step on a loaded batch."""
-        self._seed(self.progress.step)
-        self.step.measures_norm = (self.progress.step + 1) % self.settings.evaluation.eval_interval == 0
-        result = self.step(loaded, self.progress.step)
-        self.progress.step += 1
-        self.progress.step_in_epoch += 1
+        p = self.progress
+        self._seed(p.step)
+        self.step.measures_norm = self._is_recorded(p.step + 1)
+        result = self.step(loaded, p.step)
+        p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
         return result
+
+    def _is_recorded(self, step: int) -> bool:
+        """Whether the numbers of a step, counted from 1, are recorded, with a partial evaluation."""
+        return step % self.settings.evaluation.eval_interval == 0
 
     def _seed(self, step: int) -> None:
         """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank
@@ -255,15 +256,14 @@ class Trainer:
     def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
         p = self.progress
         self._check_parameters()
-        evaluation, is_last = self.settings.evaluation, p.epoch + 1 >= self.settings.schedule.num_epochs
-        full = is_last or p.epoch % evaluation.full_eval_every_n == 0
+        every = self.settings.evaluation
+        full = p.epoch + 1 >= self.settings.schedule.num_epochs or p.epoch % every.full_eval_every_n == 0
         with self.log.timed("evaluation"):
-            most = None if full else evaluation.partial_eval_num_iters
-            result = self.evaluation.validation(self.model, most, stop, p.epoch)
+            result = self.evaluation.validation(
+                self.model, None if full else every.partial_eval_num_iters, stop, p.epoch
+            )
         metrics = result.all_metrics() if full else result.metrics()
-        # Of a sample of the users: how far its mean is from that of all.
-        errors = self.evaluation.standard_errors(result, self.settings.measured_part)
-        if errors:
+        if errors := self.evaluation.standard_errors(result, self.settings.measured_part):  # of a sample of the users
             metrics[f"{BEST_BY}_standard_error"] = errors[BEST_BY]
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append({"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics})
