@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
-from generative_recommenders.commands.ablation.plan import Ablation, Run, cells_of
+from generative_recommenders.commands.ablation.plan import Ablation, Run
 from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.ablation.search import Search
 from generative_recommenders.commands.ablation.tables import collect, write_tables
@@ -65,10 +64,14 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args.plugin)
     out = Path(args.runs or Path("runs") / "ablations" / file.stem)
     ablation = Ablation.load(file, args.gin_bindings, out)
+    search = Search(ablation, args.trials or TRIALS) if args.search else None
+    runs = search.runs() if search is not None else iter(_list(ablation, args))
     finished: dict[str, list[Finished]] = {}
     failed: dict[str, str] = {}
 
     def done(run: Run, failure: str | None) -> None:
+        if search is not None:
+            search.tell(run, failure)
         if failure is None:
             finished.setdefault(run.cell.name, []).append(Finished.of(run))
             measured = finished[run.cell.name][-1].summary["test"][ablation.settings.metric]
@@ -78,40 +81,24 @@ def run(args: argparse.Namespace) -> int:
             logging.error("%s failed: %s", run.name, failure)
 
     flags = [f"--data_root={args.data_root}", *(f"--plugin={each}" for each in args.plugin)]
-    command_of = partial(jobs.next_command, flags=flags)
-    if args.search:
-        search = Search(ablation, args.trials or TRIALS)
-
-        def tell(run: Run, failure: str | None) -> None:
-            search.tell(run, failure)
-            done(run, failure)
-
-        jobs.run_all(search.next_run, tell, jobs.slots(args.jobs), command_of)
+    jobs.run_all(runs, done, jobs.slots(args.jobs), partial(jobs.next_command, flags=flags))
+    if search is not None:
         failed |= search.refused
-    else:
-        jobs.run_all(_list(ablation, args), done, jobs.slots(args.jobs), command_of)
-    for runs in finished.values():
-        runs.sort(key=lambda each: each.summary["seed"])
-    found = collect(dict(sorted(finished.items())), ablation.settings.metric, bool(args.search))
-    results = {**found, "failed": failed}
+    by_cell = {cell: sorted(own, key=lambda each: each.summary["seed"]) for cell, own in sorted(finished.items())}
+    results = {**collect(by_cell, ablation.settings.metric, bool(args.search)), "failed": failed}
     show(write_tables(results, out, f"Ablation {file.stem}"))
     logging.info("tables and runs are in %s", out)
     return 1 if failed else 0
 
 
-def _list(ablation: Ablation, args: argparse.Namespace) -> Callable[[], Run | None]:
+def _list(ablation: Ablation, args: argparse.Namespace) -> list[Run]:
     """All runs of the file's cells, made before the first begins, so that an invalid one is reported at once."""
-    cells, only = cells_of(ablation.settings, ablation.file), [each for each in args.only.split(",") if each]
-    unknown = sorted({*only} - {cell.name for cell in cells})
-    if unknown:
-        raise UserError(
-            f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(cell.name for cell in cells)}"
-        )
-    chosen = [cell for cell in cells if not only or cell.name in only]
-    wanted = [(seed, cell) for cell in chosen for seed in ablation.seeds(cell, args.seeds)]
+    only, names = [each for each in args.only.split(",") if each], [cell.name for cell in ablation.cells]
+    if unknown := sorted({*only} - {*names}):
+        raise UserError(f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(names)}")
+    wanted = [(seed, cell) for cell in ablation.chosen(only) for seed in ablation.seeds(cell, args.seeds)]
     # by seed: every cell has a first number before one has its second
-    runs = [ablation.run(cell, seed) for seed, cell in sorted(wanted, key=lambda each: each[0])]
-    return partial(next, iter(runs), None)
+    return [ablation.run(cell, seed) for seed, cell in sorted(wanted, key=lambda each: each[0])]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
-from generative_recommenders.commands.ablation.plan import Cell, Run
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import Finished, is_trained, summary
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.commands.reproduction import results
-from generative_recommenders.commands.reproduction.lanes import Lane, data_root_of, known_names, lanes_of
+from generative_recommenders.commands.reproduction.lanes import data_root_of, known_names, lanes_of
 from generative_recommenders.commands.reproduction.page import TABLES, write_page
 from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.data.preparation.folder import check_file
@@ -84,47 +84,51 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--report_only makes the whole page of all results that are there: leave out --{given[0]}")
         show(write_page(args.name, lanes, out, {}))
         return 0
-    if args.lane is not None and args.lane not in {lane.name for lane in lanes}:
-        raise UserError(f"--lane={args.lane} is none of {args.name}: {', '.join(lane.name for lane in lanes)}")
-    only = [each for each in args.only.split(",") if each]
-    names = {name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")}
-    if unknown := sorted({*only} - names):
-        raise UserError(f"{args.name} has no cell {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    if not any(lane.chosen(args.table, only) for lane in lanes if args.lane in (None, lane.name)):
-        tables = sorted({table for lane in lanes for table in lane.plan.settings.tables})
-        if args.table is not None and args.table not in tables:
-            raise UserError(f"{args.name} has no table {args.table}; it has {', '.join(tables)}")
-        given = [f"--{name}={value}" for name in ("table", "lane", "only") if (value := getattr(args, name))]
-        raise UserError(f"no cell of {args.name} is meant by all of {' '.join(given)}")
+    chosen = _chosen(args, lanes)
     for place in (out / f"{args.name}.md", out / args.name / "run.json"):  # now, not when the first run is trained
         check_file(place, "--results_dir: ")
     slots = jobs.slots(args.jobs)
     machine = results.machine_facts(len(slots), args.commit)
     missing: dict[str, str] = {}
     planned: list[_Planned] = []
-    for lane in lanes:
-        if args.lane in (None, lane.name) and (cells := lane.chosen(args.table, only)):
-            try:
-                root = data_root_of(lane, args.name, Path(args.data_root), args.raw_path and Path(args.raw_path))
-            except UserError as error:
-                missing[lane.name] = str(error)
-                logging.error("lane %s: %s", lane.name, error)
-                continue
-            if lane.plan.settings.needs and "CUDA_VISIBLE_DEVICES" not in slots[0].environment:
-                logging.warning(
-                    "there is no GPU here; the runs of lane %s want %s", lane.name, lane.plan.settings.needs
-                )
-            planned += _plan(lane, cells, args, root, machine, out / args.name)
+    for lane, cells in chosen:
+        try:
+            root = data_root_of(lane, args.name, Path(args.data_root), args.raw_path and Path(args.raw_path))
+        except UserError as error:
+            missing[lane.name] = str(error)
+            logging.error("lane %s: %s", lane.name, error)
+            continue
+        if lane.settings.needs and "CUDA_VISIBLE_DEVICES" not in slots[0].environment:
+            logging.warning("there is no GPU here; the runs of lane %s want %s", lane.name, lane.settings.needs)
+        planned += _plan(lane, cells, args, root, machine, out / args.name)
     # A first number of every cell comes before a second one.
     planned.sort(key=lambda each: each.run.settings.schedule.random_seed)
     failed = _run_all(planned, slots, [f"--plugin={each}" for each in args.plugin])
     show(write_page(args.name, lanes, out, missing))
-    logging.info("the page is %s, the runs are in %s", out / f"{args.name}.md", lanes[0].plan.out.parent)
+    logging.info("the page is %s, the runs are in %s", out / f"{args.name}.md", lanes[0].out.parent)
     return 1 if failed or missing else 0
 
 
+def _chosen(args: argparse.Namespace, lanes: Sequence[Ablation]) -> list[tuple[Ablation, list[Cell]]]:
+    """The lanes and cells that the flags mean; UserError where they mean none."""
+    if args.lane is not None and args.lane not in {lane.name for lane in lanes}:
+        raise UserError(f"--lane={args.lane} is none of {args.name}: {', '.join(lane.name for lane in lanes)}")
+    only = [each for each in args.only.split(",") if each]
+    names = {name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")}
+    if unknown := sorted({*only} - names):
+        raise UserError(f"{args.name} has no cell {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    tables = sorted({table for lane in lanes for table in lane.settings.tables})
+    if args.table is not None and args.table not in tables:
+        raise UserError(f"{args.name} has no table {args.table}; it has {', '.join(tables)}")
+    of_lanes = [(lane, lane.chosen(only, args.table)) for lane in lanes if args.lane in (None, lane.name)]
+    if not any(cells for _, cells in of_lanes):
+        given = [f"--{name}={value}" for name in ("table", "lane", "only") if (value := getattr(args, name))]
+        raise UserError(f"no cell of {args.name} is meant by all of {' '.join(given)}")
+    return [(lane, cells) for lane, cells in of_lanes if cells]
+
+
 def _plan(
-    lane: Lane,
+    lane: Ablation,
     cells: Sequence[Cell],
     args: argparse.Namespace,
     data_root: Path,
@@ -132,15 +136,14 @@ def _plan(
     out: Path,
 ) -> list[_Planned]:
     """The runs of a lane that have no result yet. UserError where one cannot be meant, before any of them begins."""
-    base = lane.plan.base.data
-    dataset = SequenceDataset.open(prepared_path(data_root, args.name)).with_catalogue(base.catalogue)
+    dataset = SequenceDataset.open(prepared_path(data_root, args.name)).with_catalogue(lane.base.data.catalogue)
     split_hash = cache(lambda protocol: make_split(dataset, protocol).hash)
     facts = {**machine, "data": results.data_facts(dataset), "best_possible": results.best_possible(dataset)}
     kept = {each["file"]: each for each in results.read_results(out)}
     planned = []
     for cell in cells:
-        for seed in lane.plan.seeds(cell, args.seeds):
-            run = lane.plan.run(cell, seed)
+        for seed in lane.seeds(cell, args.seeds):
+            run = lane.run(cell, seed)
             path = results.file_of(out, lane.name, cell.name, seed)
             known, of_data = kept.get(path.name, {}), split_hash(run.settings.data.protocol)
             if (known.get("settings_sha256"), known.get("split_hash")) == (run.settings_sha256, of_data):
@@ -172,7 +175,7 @@ def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot], flags: Seq
     def command_of(run: Run) -> list[str] | None:
         return jobs.next_command(run, [f"--data_root={by_folder[run.folder].data_root}", *flags], ["--noreport"])
 
-    jobs.run_all(iter([*(each.run for each in planned), None]).__next__, done, slots, command_of)
+    jobs.run_all((each.run for each in planned), done, slots, command_of)
     return len(failed)
 
 

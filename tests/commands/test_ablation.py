@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 
 from generative_recommenders.commands.ablation.jobs import Slot, run_all
-from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, cells_of
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import Finished, summary
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.comparison import METRICS, user_values
@@ -66,7 +66,7 @@ def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(data_root
     (row,) = results["cells"]
     assert (row["cell"], row["seeds"]) == ("ce", [42, 43])
     ablation = Ablation.load(file, (), tmp_path / "runs")
-    runs = [ablation.run(cells_of(ablation.settings, file)[0], seed) for seed in (42, 43)]
+    runs = [ablation.run(ablation.cells[0], seed) for seed in (42, 43)]
     measured = [summary(run)["test"]["ndcg@10"] for run in runs]
     assert row["test"]["ndcg@10"]["mean"] == pytest.approx(sum(measured) / 2)
     low, high = row["interval"]  # of the users' values, whose mean is that of the runs
@@ -125,7 +125,7 @@ def test_tables_of_finished_runs(tmp_path: Path) -> None:
         + 'ablation.cells = {"b_1": {}, "a": {"train_fn.learning_rate": 0.5}, "c": {"train_fn.learning_rate": 0.1}}'
     )
     ablation = Ablation.load(file, (), tmp_path)
-    cells = cells_of(ablation.settings, file)
+    cells = ablation.cells
     ranks = {"b_1": [[1, 1, 2, 3], [1, 1, 2, 4]], "a": [[9, None, 5, 11], [9, 8, 5, 11]], "c": [[1, 1, 2, 3]]}
     runs = {c.name: [Finished.of(finished(ablation, c, 42 + i, r)) for i, r in enumerate(ranks[c.name])] for c in cells}
     results = collect(runs, "ndcg@10")
@@ -166,7 +166,7 @@ def test_seeds_on_different_splits_are_not_compared(tmp_path: Path) -> None:
     ablation = Ablation.load(file, (), tmp_path)
     runs = {
         cell.name: [Finished.of(finished(ablation, cell, seed, [1, 1, 2, 3])) for seed in (42, 43)]
-        for cell in cells_of(ablation.settings, file)
+        for cell in ablation.cells
     }
     runs["b"][1].summary["split_hash"] = "ba5"
     assert runs["b"][1].ranks is not None
@@ -184,7 +184,7 @@ def test_cells_with_other_candidates_are_not_compared(tmp_path: Path, caplog: py
     ablation = Ablation.load(file, (), tmp_path)
     runs = {
         cell.name: [Finished.of(finished(ablation, cell, 42, [1, 1, None, 3 + place]))]
-        for place, cell in enumerate(cells_of(ablation.settings, file))
+        for place, cell in enumerate(ablation.cells)
     }
     results = collect(runs, "mrr")
     assert [pair["cells"] for pair in results["pairs"]] == [["a", "b"]]
@@ -201,9 +201,9 @@ def test_a_failure_is_told_by_the_lines_of_this_start(tmp_path: Path) -> None:
     run = Run(Cell("x"), tmp_path / "x" / "seed-1", RunSettings(), "")
     run.folder.parent.mkdir()
     run.log.write_text("error: of an earlier start\n")
-    runs, told = iter([run, None]), []
+    told: list[str | None] = []
     command = ["sh", "-c", "echo was killed; exit 3"]
-    run_all(runs.__next__, lambda run, line: told.append(line), [Slot({})], lambda run: command)
+    run_all(iter([run]), lambda run, line: told.append(line), [Slot({})], lambda run: command)
     assert told == [f"was killed (exit code 3, {run.log})"]
 
 
@@ -261,7 +261,7 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
         'ablation.cells = {"a": {}, "b": {"include": "configs/models/hstu-d50.gin"}}\n'
     )
     ablation = Ablation.load(file, (), tmp_path / "runs")
-    cells = cells_of(ablation.settings, file)
+    cells = ablation.cells
     assert len(cells) == 12 and cells[0].name == "a,learning_rate=0.1,num_blocks=1"
     last = ablation.run(cells[-1], 7).settings
     assert (last.model.main_module, last.value("train_fn.learning_rate")) == ("HSTU", 0.01)
@@ -303,7 +303,7 @@ def test_what_cannot_be_meant_reports_one_line_error(tmp_path: Path, text: str, 
     file.write_text(BASE + text + "\n")
     with pytest.raises(UserError, match=message) as refused:
         ablation = Ablation.load(file, (), tmp_path)
-        for cell in cells_of(ablation.settings, file):
+        for cell in ablation.cells:
             ablation.run(cell, 1)
     assert "\n" not in str(refused.value)
 
@@ -366,8 +366,7 @@ def test_trials_keep_their_names_and_their_space(tmp_path: Path) -> None:
             f'"train_fn.loss_module": ["choice", {choices}]}}\n'
         )
         search = Search(Ablation.load(file, (), tmp_path / "runs"), 3)
-        while search.next_run() is not None:
-            pass
+        list(search.runs())
         return [path.read_text() for path in sorted((tmp_path / "runs").glob("*/parameters.json"))]
 
     both = '"CE", "SampledSoftmaxLoss"'

@@ -97,8 +97,8 @@ def test_a_stopped_reproduction_resumes(data_root: Path, tmp_path: Path) -> None
 def test_runs_on_other_data_are_no_results(data_root: Path, tmp_path: Path) -> None:
     """As after the data were prepared anew."""
     (lane,) = lanes_of("synthetic-books", tmp_path / "runs", 1)
-    (cell,) = lane.chosen(None, ["sasrec"])
-    run = lane.plan.run(cell, 42)
+    (cell,) = lane.chosen(["sasrec"])
+    run = lane.run(cell, 42)
     run.folder.mkdir(parents=True)
     (run.folder / "resolved.gin").write_text(run.resolved)
     final = {"step": 1, "part": "final", "model": "SASRec", "results": {"SASRec": {}}, "split_hash": "other"}
@@ -169,7 +169,7 @@ def test_a_page_says_what_the_runs_of_a_lane_need(tmp_path: Path) -> None:
     lanes = lanes_of("ml-20m", tmp_path / "runs", None)
     (tmp_path / "ml-20m").mkdir()
     lines = write_page("ml-20m", lanes, tmp_path, {}).splitlines()
-    (told,) = (lane.plan.settings.needs for lane in lanes)
+    (told,) = (lane.settings.needs for lane in lanes)
     heading = next(number for number, line in enumerate(lines) if line.startswith("## "))
     assert told and lines[heading + 2] == f"Needs: {told}."
 

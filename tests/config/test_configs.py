@@ -182,9 +182,9 @@ def test_the_cells_of_a_reproduction(
     """All build on the data of their folder, in the protocol that names the file."""
     (lane,) = (lane for lane in lanes_of(path.parent.name, tmp_path, None) if lane.name == path.stem)
     for cell in lane.cells:
-        run = lane.plan.run(cell, 42)
+        run = lane.run(cell, 42)
         assert run.settings.data.dataset_name == path.parent.name
-        assert run.settings.data.protocol == path.stem == lane.plan.base.data.protocol
+        assert run.settings.data.protocol == path.stem == lane.base.data.protocol
         run.config.parent.mkdir(parents=True)
         run.config.write_text(run.resolved)
         assert_builds(run.config, all_data, capsys)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,34 +98,30 @@ class _RunningJob:
 
 
 def run_all(
-    next_run: Callable[[], Run | None],
+    runs: Iterator[Run],
     done: Callable[[Run, str | None], None],
     free: Sequence[Slot],
     command_of: Callable[[Run], list[str] | None],
 ) -> None:
     """Starts runs until there is no next one, and tells of each that is done, with its line where it failed.
 
-    next_run: called when a slot is free; None ends the asking. command_of: see
-    `next_command`. SIGTERM and Ctrl-C, which raise
-    KeyboardInterrupt here, stop all processes, each with a checkpoint.
+    runs: asked for the next one when a slot is free, so that a search has learnt of those done by then. command_of: see
+    `next_command`. SIGTERM and Ctrl-C, which raise KeyboardInterrupt here, stop all processes, each with a checkpoint.
     """
-    free, more = list(free), True
+    free = list(free)
     running: list[_RunningJob] = []
     try:
-        while more or running:
-            while more and free:
-                run = next_run()
-                if run is None:
-                    more = False
-                    break
+        while True:
+            while free and (run := next(runs, None)) is not None:
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
-                command = command_of(run)
-                if command is None:
+                if (command := command_of(run)) is None:
                     done(run, None)
                     continue
                 run.config.write_text(run.resolved, encoding="utf-8")
                 logging.info("%s begins", run.name)
                 running.append(_RunningJob(run, free.pop(), command))
+            if not running:
+                return
             for each in list(running):
                 code = each.process.poll()
                 if code is None:
@@ -137,10 +133,8 @@ def run_all(
                     running.append(_RunningJob(each.run, each.slot, command))
                     continue
                 free.append(each.slot)
-                if code == 0 and command is None:
-                    done(each.run, None)
-                    continue
-                done(each.run, f"{each.last_line()} (exit code {code}, {each.run.log})")
+                failed = code != 0 or command is not None
+                done(each.run, f"{each.last_line()} (exit code {code}, {each.run.log})" if failed else None)
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         _stop([each.process for each in running])

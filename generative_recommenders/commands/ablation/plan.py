@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,13 +16,7 @@ from pydantic import Field
 
 from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.fields import Section
-from generative_recommenders.config.gin import (
-    ABLATION,
-    differences,
-    load_ablation,
-    load_settings,
-    resolved_text,
-)
+from generative_recommenders.config.gin import ABLATION, differences, load_ablation, load_settings, resolved_text
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import holds_run
@@ -120,6 +115,20 @@ class Ablation:
             raise UserError(f"{file}: a cell, the grid or the search binds {SEED}: give --seeds or ablation.seeds")
         return cls(file, tuple(bindings), out, settings, base)
 
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        return cells_of(self.settings, self.file)
+
+    def chosen(self, only: Collection[str], table: str | None = None) -> list[Cell]:
+        """The cells of a table, or all; of them those that are named, as ``CELL`` or ``FILE/CELL``, or all."""
+        in_table = {cell.name for cell in self.cells} if table is None else {*self.settings.tables.get(table, ())}
+        named = [cell for cell in self.cells if not only or {cell.name, f"{self.name}/{cell.name}"} & {*only}]
+        return [cell for cell in named if cell.name in in_table]
+
     def run(self, cell: Cell, seed: int) -> Run:
         """The run of a cell; UserError where its settings cannot be, or where its folder holds another run."""
         over = [*cell.bindings, *self.bindings, f"{SEED} = {seed}"]
@@ -130,11 +139,11 @@ class Ablation:
         run = Run(cell, self.out / cell.name / f"seed-{seed}", settings, resolved_text(settings))
         if (made := made_settings(run)) is not None:
             # More epochs than before are the same run, which is resumed; fewer are another one.
-            other = [each for each in differences(made, settings) if each[0] != EPOCHS or each[2] < each[1]]
-            for name, before, now in other[:1]:
-                raise UserError(
-                    f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
-                )
+            for name, before, now in differences(made, settings):
+                if name != EPOCHS or now < before:
+                    raise UserError(
+                        f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
+                    )
         return run
 
     def seeds(self, cell: Cell, count: int | None) -> list[int]:
@@ -145,6 +154,8 @@ class Ablation:
 
 def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     """The cells of lists and grids; UserError for none, too many, two of one name, and seeds of another one."""
+    if not settings.cells and not settings.grid:
+        raise UserError(f"{file} names no cells: give ablation.cells or ablation.grid")
     named = []
     for name, given in settings.cells.items():
         if name != _file_name(name) or not name.strip("."):
@@ -153,28 +164,23 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
         statements = [f"include {path!r}" for path in ([included] if isinstance(included, str) else included)]
         statements += [f"{each} = {value!r}" for each, value in given.items() if each != "include"]
         named.append(Cell(name, tuple(statements)))
-    axes: list[list[tuple[str, Any]]] = []
     for name, values in settings.grid.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise UserError(f"{file}: ablation.grid[{name!r}] is {values!r}: give a list of values")
-        axes.append([(name, value) for value in values])
-    found = []
-    every = itertools.product(named or [Cell("")], itertools.product(*axes))
-    for cell, combination in itertools.islice(every, MAX_CELLS + 1):
+    found: dict[str, Cell] = {}
+    for cell, values in itertools.product(named or [Cell("")], itertools.product(*settings.grid.values())):
+        combination = [*zip(settings.grid, values)]
         labels = [f"{name.rpartition('.')[2]}={value}" for name, value in combination]
         bound = tuple(f"{name} = {value!r}" for name, value in combination)
-        found.append(Cell(_file_name(",".join(filter(None, (cell.name, *labels)))), cell.bindings + bound))
-    if not settings.cells and not axes:
-        raise UserError(f"{file} names no cells: give ablation.cells or ablation.grid")
-    if len(found) > MAX_CELLS:
-        raise UserError(f"{file}: more than {MAX_CELLS} cells")
-    names = [cell.name for cell in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{file}: two cells are named {twice}: give ablation.cells names that differ")
-    if unknown := sorted({*settings.seeds} - {*names}):
+        name = _file_name(",".join(filter(None, (cell.name, *labels))))
+        if name in found:
+            raise UserError(f"{file}: two cells are named {name}: give ablation.cells names that differ")
+        found[name] = Cell(name, cell.bindings + bound)
+        if len(found) > MAX_CELLS:
+            raise UserError(f"{file}: more than {MAX_CELLS} cells")
+    if unknown := sorted(settings.seeds.keys() - found.keys()):
         raise UserError(f"{file}: ablation.seeds is of {', '.join(unknown)}, and no cell is named so")
-    return found
+    return [*found.values()]
 
 
 def _file_name(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,42 +51,38 @@ class Search:
         self.asked: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         """Trials whose settings cannot be, with the line that says why."""
-        self.started = 0
-        self._optuna = optuna
+        self._failed = optuna.trial.TrialState.FAIL
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # A sampler that begins anew must not suggest again what it did before.
         sampler = optuna.samplers.TPESampler(seed=ablation.base.schedule.random_seed + len(self.known))
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
 
-    def next_run(self) -> Run | None:
-        """The next trial: those that were begun first, then what the study suggests; None when there are enough."""
-        while self.started < self.trials:
-            name = f"trial-{self.started:03d}"
+    def runs(self) -> Iterator[Run]:
+        """A run a trial: those that were begun first, then what the study suggests when it is asked."""
+        for number in range(self.trials):
+            name = f"trial-{number:03d}"
             if name in self.known:
                 self.study.enqueue_trial(self.known[name])
             trial = self.study.ask(self.space)
             # values of a choice are text already
-            texts = {each: v if isinstance(v, str) else repr(v) for each, v in trial.params.items()}
-            cell = Cell(name, tuple(f"{each} = {text}" for each, text in texts.items()))
-            self.started += 1
-            with new_file(self.ablation.out / cell.name / PARAMETERS) as scratch:
+            bindings = (f"{each} = {v if isinstance(v, str) else repr(v)}" for each, v in trial.params.items())
+            with new_file(self.ablation.out / name / PARAMETERS) as scratch:
                 scratch.write_text(json.dumps(trial.params) + "\n", encoding="utf-8")
             try:
-                run = self.ablation.run(cell, self.ablation.base.schedule.random_seed)
+                run = self.ablation.run(Cell(name, tuple(bindings)), self.ablation.base.schedule.random_seed)
             except UserError as error:
-                self.refused[cell.name] = str(error)
-                self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                self.refused[name] = str(error)
+                self.study.tell(trial, state=self._failed)
                 continue
-            self.asked[cell.name] = trial
-            return run
-        return None
+            self.asked[name] = trial
+            yield run
 
     def tell(self, run: Run, failure: str | None) -> None:
         """The study learns of a trial that is done."""
         trial = self.asked.pop(run.cell.name)
         value = None if failure is not None else best_validation(summary(run), self.ablation.settings.metric)
         if value is None:
-            self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            self.study.tell(trial, state=self._failed)
         else:
             self.study.tell(trial, value)
 
@@ -112,20 +108,19 @@ def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
         f"{file}: ablation.search[{name!r}] is {given!r}: give ['log', low, high], ['uniform', low, high], "
         "['int', low, high] or ['choice', value, value, ...]"
     )
-    if not isinstance(given, (list, tuple)) or not given or not isinstance(given[0], str):
-        raise wrong
-    kind, *values = given
-    if kind == "choice" and values:
-        return CategoricalDistribution([repr(value) for value in values])
-    allowed = int if kind == "int" else (int, float)
-    numbers = all(isinstance(value, allowed) and not isinstance(value, bool) for value in values)
-    if kind not in ("log", "uniform", "int") or len(values) != 2 or not numbers:
-        raise wrong
     try:
-        check_sizes(values)
-        low, high = values
-        if kind == "int":
-            return IntDistribution(low, high)
-        return FloatDistribution(low, high, log=kind == "log")
+        match given:
+            case ["choice", _, *_]:
+                return CategoricalDistribution([repr(value) for value in given[1:]])
+            case [_, bool(), _] | [_, _, bool()]:  # which Python counts as whole numbers
+                raise wrong
+            case ["int", int(low), int(high)]:
+                check_sizes([low, high])
+                return IntDistribution(low, high)
+            case ["log" | "uniform" as kind, int() | float() as low, int() | float() as high]:
+                check_sizes([low, high])
+                return FloatDistribution(low, high, log=kind == "log")
+            case _:
+                raise wrong
     except (ValueError, TypeError) as error:
         raise UserError(f"{wrong} ({first_line(error)})") from error

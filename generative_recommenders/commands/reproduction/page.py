@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from generative_recommenders.commands.ablation.plan import Ablation
+from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.ablation.tables import (
     collect,
     draw_means,
@@ -15,7 +17,6 @@ from generative_recommenders.commands.ablation.tables import (
     mean_and_deviation,
     pair_table,
 )
-from generative_recommenders.commands.reproduction.lanes import Lane
 from generative_recommenders.commands.reproduction.results import finished_of, read_results
 from generative_recommenders.data.preparation.folder import new_file
 
@@ -28,7 +29,7 @@ TABLES = {
 COLUMNS = ("hr@10", "ndcg@10", "mrr")
 
 
-def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping[str, str]) -> str:
+def write_page(name: str, lanes: Sequence[Ablation], results: Path, missing: Mapping[str, str]) -> str:
     """Writes ``results/NAME.md`` and a picture a lane beside the JSON files; returns the text.
 
     missing: by lane, why this machine could not run it.
@@ -49,18 +50,17 @@ def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping
     return text
 
 
-def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missing: str | None) -> list[str]:
-    settings = lane.plan.settings
+def _lane(lane: Ablation, records: Sequence[Mapping[str, Any]], folder: Path, missing: str | None) -> list[str]:
+    settings = lane.settings
     lines = [f"## {settings.title or lane.name}", ""]
     if settings.needs:
         lines += [f"Needs: {settings.needs}.", ""]
     if missing:
         lines += [f"Not run on this machine: {missing}", ""]
-    known = {cell.name for cell in lane.cells}
-    done = [_as_published(record) for record in records if "failed" not in record and record["cell"] in known]
-    by_cell = {
-        cell.name: [finished_of(record) for record in done if record["cell"] == cell.name] for cell in lane.cells
-    }
+    by_cell: dict[str, list[Finished]] = {cell.name: [] for cell in lane.cells}
+    done = [_as_published(record) for record in records if "failed" not in record and record["cell"] in by_cell]
+    for record in done:
+        by_cell[record["cell"]].append(finished_of(record))
     results = collect({cell: runs for cell, runs in by_cell.items() if runs}, settings.metric)
     rows = {row["cell"]: row for row in results["cells"]}
     if done:
@@ -91,7 +91,7 @@ def _as_published(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**record, "test": {**record["test"], **{name: record["best"][name] for name in COLUMNS}}}
 
 
-def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
+def _conditions(lane: Ablation, done: Sequence[Mapping[str, Any]]) -> list[str]:
     """Protocol, split, hardware, and what the data lack of those that the published figures are of."""
     first, data = done[0], done[0].get("data", {})
     lines = [
@@ -106,7 +106,7 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
     if data:
         counts = ", ".join(f"{data[each]:,} {each}" for each in ("users", "items", "events"))
         lines.append(f"Data `{data['data_hash']}`: {counts}.")
-        published = lane.plan.settings.data
+        published = lane.settings.data
         if any(published[each] != data[each] for each in published):
             of = ", ".join(f"{count:,} {each}" for each, count in published.items())
             lines.append(f"The published figures are of the whole data set ({of}): these are near, not the same.")
@@ -128,15 +128,15 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(
-    lane: Lane, cells: Sequence[str], rows: Mapping[str, Mapping[str, Any]], done: Sequence[Mapping[str, Any]]
+    lane: Ablation, cells: Sequence[str], rows: Mapping[str, Mapping[str, Any]], done: Sequence[Mapping[str, Any]]
 ) -> list[str]:
     """Cells as the lane names them, then what holds for any model on these data; published columns where there are
     figures."""
-    published = lane.plan.settings.published
+    published = lane.settings.published
     shown = COLUMNS[:2] if published else ()
     head = [
         "", *(f"published {name.upper()}" for name in shown), "HR@10", "NDCG@10",
-        f"95 % interval of {lane.plan.settings.metric.upper()}", "MRR", "seeds", "epochs", "seconds per epoch",
+        f"95 % interval of {lane.settings.metric.upper()}", "MRR", "seeds", "epochs", "seconds per epoch",
         "peak memory, MiB",
     ]  # fmt: skip
     table = [head]
@@ -178,23 +178,21 @@ def _runs(done: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
     return markdown_table(table)
 
 
-def _draw(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _draw(lane: Ablation, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Means with intervals beside published figures, and the metric by epoch, as a PNG."""
     from matplotlib.figure import Figure
 
-    metric = lane.plan.settings.metric
+    metric = lane.settings.metric
     figure = Figure(figsize=(11, max(3.5, 1.2 + 0.35 * len(results["cells"]))), layout="constrained")
     means, curves = figure.subplots(1, 2)
-    published = lane.plan.settings.published
+    published = lane.settings.published
     draw_means(means, results, {cell: given[metric] for cell, given in published.items() if metric in given})
     means.set_title("test; crosses: published")
     for row in results["cells"]:
         own = [each["history"] for each in done if each["cell"] == row["cell"] and metric in each["history"]]
         if own:  # of several seeds the first: the table has their deviation
             curves.plot(own[0]["epoch"], own[0][metric], linewidth=1.2, label=row["cell"])
-    curves.set_title(
-        "by epoch, on the " + ("test" if lane.plan.base.data.protocol == "paper" else "validation") + " items"
-    )
+    curves.set_title("by epoch, on the " + ("test" if lane.base.data.protocol == "paper" else "validation") + " items")
     curves.set_xlabel("epoch")
     curves.set_ylabel(metric.upper())
     curves.grid(alpha=0.3)
