@@ -12,13 +12,14 @@ from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch, log_failures_to
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.errors import UserError
-from programs import quick_start
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 def launch_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are forked from a server that has the imports done, and the environment names no others."""
+    from programs import quick_start  # not above: a spawned process, which imports this module for its worker, needs none
+
     quick_start()
     monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     for name in [*LAUNCH_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:

@@ -15,25 +15,19 @@ _CPU_MARKS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 """PyTorch's CPU allocator has no error class of its own; one of these stands in the message."""
 
 
-def keep_freed_memory() -> bool:
-    """Lets glibc keep freed memory in the process, in huge pages; False where the C library is another one.
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory in the process, in huge pages; does nothing where the C library is another one.
 
     By default glibc returns blocks above a threshold to the system at once and gets them back zeroed, page by page, at
     the next request; keeping them took an eighth to a quarter off a training step on a CPU. Huge pages save the
-    translation of
-    addresses: where Linux gives them to those who ask (the usual setting, "madvise" in
+    translation of addresses: where Linux gives them to those who ask (the usual setting, "madvise" in
     /sys/kernel/mm/transparent_hugepage/enabled), asking took another twenty-fifth off (ML-1M, SASRec, 128 negatives a
     block).
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt = libc.mallopt
-    except AttributeError:
-        return False
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", lambda *_: 0)  # 0 is its answer to what it cannot set
     if not (mallopt(_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)):
-        return False
+        return
     # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked
     # and freed again, so that malloc serves later requests from them.
     libc.malloc.restype = ctypes.c_void_p
@@ -47,7 +41,6 @@ def keep_freed_memory() -> bool:
         libc.madvise(start, stop - start, _MADV_HUGEPAGE)
     for block in reversed(blocks):
         libc.free(block)
-    return True
 
 
 def out_of_memory(error: BaseException) -> str | None:

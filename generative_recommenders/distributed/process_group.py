@@ -117,8 +117,7 @@ def join_group(
             )
         torch.cuda.set_device(device)
     elif neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // neighbours))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

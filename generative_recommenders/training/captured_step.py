@@ -46,7 +46,6 @@ class CapturedStep(TrainingStep):
         self._captures = True
 
     def __call__(self, batch: LoadedBatch, step: int) -> StepResult:
-        """One step. step: since the run began."""
         if not self._captures or batch.global_tokens == 0:
             return super().__call__(batch, step)
         tokens, norm = self.fill(batch, step), None
@@ -54,10 +53,11 @@ class CapturedStep(TrainingStep):
             loss, targets, norm = self.padded_step(tokens)
             self._graphs.setdefault(tokens, None)
         else:
-            graph = self._graphs[tokens] or self._capture(tokens)
-            if graph is None:
+            captured = self._graphs[tokens] or self._capture(tokens)
+            if captured is None:
                 return super().__call__(batch, step)
-            loss, targets = graph.replay()
+            captured.graph.replay()
+            loss, targets = captured.loss.clone(), captured.targets.clone()  # the next replay overwrites them
         return StepResult(loss, targets, self.optimizer.rate(step), norm)
 
     def fill(self, batch: LoadedBatch, step: int) -> int:
@@ -102,17 +102,11 @@ class CapturedStep(TrainingStep):
 
 
 class _Graph(NamedTuple):
-    """A captured step and where it leaves its results."""
+    """A captured step on what the inputs hold at its replay, and where it leaves its results."""
 
     graph: torch.cuda.CUDAGraph
     loss: torch.Tensor
     targets: torch.Tensor
-
-    def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step on what the inputs hold now; copies of its loss and number of targets, which the next replay
-        overwrites."""
-        self.graph.replay()
-        return self.loss.clone(), self.targets.clone()
 
 
 class StepInputs:

@@ -28,8 +28,9 @@ from programs import quick_start
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """`test_spawn` spawns members as users do."""
+    """`test_spawn` spawns members as users do. Those that wait for ever are ended soon after another one failed."""
     launch_quickly(monkeypatch)
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.2)
 
 
 @pytest.mark.parametrize(("method", "count"), [("spawn", 2), ("forkserver", 2), ("forkserver", 4)])
@@ -106,8 +107,7 @@ def fault(rank: int, world_size: int, how: str) -> int:
 
 
 @pytest.mark.parametrize("how", ["raised", "deaf"])
-def test_the_first_failure_ends_all_with_its_own_traceback(capfd, monkeypatch, how):
-    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.2)
+def test_the_first_failure_ends_all_with_its_own_traceback(capfd, how):
     assert on_cpu(fault, how) == 1
     text = capfd.readouterr().err
     assert text.startswith("rank 1 failed") and "ValueError: the fault of this rank" in text

@@ -81,33 +81,30 @@ def finished_of(record: Mapping[str, Any]) -> Finished:
 
 def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
     """Common facts of all runs of this start. jobs: runs at a time, which share the machine and its seconds. commit: of
-    this code, else what git says of it, with a + where files were changed since; "unknown" where it is no checkout of
-    its own, as in a virtual environment inside another one."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        top, *described = [
-            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (
-                ["rev-parse", "--show-toplevel"],
-                ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "-uno"],
-            )
-        ]
-        if not ROOT.samefile(top):
-            described = ["unknown", ""]
-    except (OSError, subprocess.CalledProcessError):
-        described = ["unknown", ""]
+    this code, else what git says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "commit": commit or described[0] + "+" * bool(described[1]),
+        "commit": commit or _commit(),
         "processor": next(names, platform.processor() or "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "runs_at_a_time": jobs,
     }
+
+
+def _commit() -> str:
+    """The commit of this code, with a + where files were changed since; "unknown" where it is no checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    # A virtual environment may lie inside somebody's own repository, which git must not find.
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def best_possible(dataset: SequenceDataset) -> dict[str, dict[str, float]]:
