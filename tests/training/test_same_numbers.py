@@ -24,7 +24,7 @@ from programs import quick_start
 GLOBAL_BATCH, STEPS = 12, 12
 COMMON = {
     "dataset_name": "tiny", "max_sequence_length": 12, "item_embedding_dim": 8, "dropout_rate": 0.0, "num_negatives": 6,
-    "num_warmup_steps": 4, "learning_rate": 5e-3, "eval_batch_size": 8, "list_metrics_k": 4,
+    "num_warmup_steps": 4, "learning_rate": 5e-3, "eval_batch_size": 16, "list_metrics_k": 4,
 }  # fmt: skip
 SIZES = {
     "hstu_encoder": {"dqk": 4, "dv": 4},
@@ -143,7 +143,7 @@ def metrics(trainer: Trainer) -> list[dict[str, float]]:
     model = trainer.model
     return [
         trainer.evaluation.validation(model).all_metrics(),
-        trainer.evaluation.validation(model, max_batches=3).metrics(),
+        trainer.evaluation.validation(model, max_batches=2).metrics(),
         trainer.evaluation.test(model).all_metrics(),
     ]
 

@@ -34,12 +34,13 @@ from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
-GLOBAL_BATCH, STEPS, TABLE = 12, 5, "model.items.table"
+GLOBAL_BATCH, STEPS, LATER, TABLE = 12, 5, 2, "model.items.table"
+"""LATER: steps of a run that continues from a checkpoint."""
 COMMON = {
     "train_fn.dataset_name": "tiny", "train_fn.max_sequence_length": 12, "train_fn.item_embedding_dim": 8,
     "train_fn.dropout_rate": 0.0, "sasrec_encoder.ffn_dropout_rate": 0.0, "sasrec_encoder.ffn_hidden_dim": 8,
     "hstu_encoder.dqk": 4, "hstu_encoder.dv": 4, "train_fn.num_negatives": 6, "train_fn.learning_rate": 1e-2,
-    "train_fn.eval_batch_size": 15, "train_fn.list_metrics_k": 4, "train_fn.sampling_strategy": "local",
+    "train_fn.eval_batch_size": 30, "train_fn.list_metrics_k": 4, "train_fn.sampling_strategy": "local",
 }  # fmt: skip
 ROWWISE, LAZY = {"train_fn.optimizer": "rowwise_adagrad"}, {"train_fn.optimizer": "lazy_adamw"}
 CASES: dict[str, dict[str, Any]] = {
@@ -88,13 +89,12 @@ def trainer_of(dataset: SequenceDataset, case: str, table: str) -> Trainer:
     return Trainer(settings_of(case, group.world_size, table), dataset, make_split(dataset), group)
 
 
-def losses_of_steps(trainer: Trainer) -> list[float]:
+def losses_of_steps(trainer: Trainer, count: int) -> list[float]:
     losses: list[float] = []
-    trainer.step.measures_norm = True
-    while len(losses) < STEPS:
+    while len(losses) < count:
         for batch in trainer.loader.epoch(trainer.progress.epoch, trainer.progress.step_in_epoch):
             losses.append(float(trainer.run_step(batch).loss))
-            if len(losses) == STEPS:
+            if len(losses) == count:
                 return losses
         trainer.progress.epoch, trainer.progress.step_in_epoch = trainer.progress.epoch + 1, 0
     return losses
@@ -102,14 +102,15 @@ def losses_of_steps(trainer: Trainer) -> list[float]:
 
 def measured(trainer: Trainer) -> dict[str, Any]:
     test = trainer.evaluation.test(trainer.model)
-    partial = trainer.evaluation.validation(trainer.model, max_batches=3)
+    partial = trainer.evaluation.validation(trainer.model, max_batches=1)
     return {"ranks": test.ranks, "metrics": test.all_metrics(), "partial": partial.metrics()}
 
 
-def of_case(dataset: SequenceDataset, case: str, table: str, folder: Path) -> dict[str, Any]:
-    """Losses of steps, then a checkpoint; what a trainer that reads it measures and how it continues."""
+def of_case(dataset: SequenceDataset, case: str, table: str, folder: Path, compared: bool) -> dict[str, Any]:
+    """Losses of steps, then a checkpoint; where another run that reads it is compared, what this one measures and how
+    it continues."""
     trainer = trainer_of(dataset, case, table)
-    losses = losses_of_steps(trainer)
+    losses = losses_of_steps(trainer, STEPS)
     store = CheckpointStore(
         folder,
         read_only=not trainer.collectives.is_main,
@@ -117,7 +118,9 @@ def of_case(dataset: SequenceDataset, case: str, table: str, folder: Path) -> di
     )
     trainer.save(store)
     trainer.collectives.barrier()
-    return {"losses": losses, "measured": measured(trainer), "later": losses_of_steps(trainer)}
+    if not compared:
+        return {"losses": losses}
+    return {"losses": losses, "measured": measured(trainer), "later": losses_of_steps(trainer, LATER)}
 
 
 def reloaded(dataset: SequenceDataset, case: str, table: str, folder: Path) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def reloaded(dataset: SequenceDataset, case: str, table: str, folder: Path) -> d
     checkpoint = checkpoint_from_main(collectives, store.load_newest)
     assert checkpoint is not None
     trainer.restore(checkpoint)
-    return {"measured": measured(trainer), "later": losses_of_steps(trainer)}
+    return {"measured": measured(trainer), "later": losses_of_steps(trainer, LATER)}
 
 
 def top_lists(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor, k: int) -> Any:
@@ -199,7 +202,7 @@ def member(rank: int, world: int, cases: Sequence[str], folder: str, results: st
     dataset, found = SequenceDataset.open(folder), {}
     for case in cases:
         own = Path(results) / f"{case} of {world}"
-        found[case] = of_case(dataset, case, "sharded", own)
+        found[case] = of_case(dataset, case, "sharded", own, case in OF_TWO or world == WORLDS[0])
         found[case]["of one"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 1")
         if world == WORLDS[-1] and (Path(results) / f"{case} of 2").exists():
             found[case]["of two"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 2")
@@ -222,7 +225,7 @@ class Measured:
 
     @functools.cache  # noqa: B019, there is one for all tests
     def alone(self, case: str) -> dict[str, Any]:
-        return of_case(self.dataset, case, "replicated", self.folder / f"{case} of 1")
+        return of_case(self.dataset, case, "replicated", self.folder / f"{case} of 1", True)
 
     @functools.cache  # noqa: B019
     def several(self, world: int) -> list[dict[str, Any]]:
