@@ -47,7 +47,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
-from launching import free_port
+from launching import free_port, launch_quickly
 from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -110,13 +110,16 @@ def test_a_killed_run_with_a_sharded_item_table(data_root: Path, tmp_path: Path)
     root.mkdir()
     (root / "prepared").symlink_to(data_root / "prepared")
     sharded = 'train_fn.item_table = "sharded"\ntrain_fn.optimizer = "rowwise_adagrad"\n'
-    (root / "x.gin").write_text(CONFIG + sharded)
+    (root / "x.gin").write_text(CONFIG.replace("num_epochs = 4", "num_epochs = 2") + sharded)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert run_two(options_of(root, whole)) == 0
     assert list(whole.glob("checkpoints/*/rows-2-of-2.safetensors"))
-    for rank in (0, 1):  # between two shards of a checkpoint, then in a step of a process that writes none
-        function = ("checkpoint.store.write_tensors", "training.trainer.Trainer.run_step")[rank]
-        assert run_two(options_of(root, run), Kill(function, 5, rank == 1, rank)) == 1
+    between_shards = Kill("checkpoint.store.write_tensors", 5, after=False)
+    in_a_step = Kill(
+        "training.trainer.Trainer.run_step", 3, after=True, rank=1
+    )  # of a process that writes no checkpoint
+    for kill in (between_shards, in_a_step):
+        assert run_two(options_of(root, run), kill) == 1
     assert run_two(options_of(root, run)) == 0
     assert_same_run(run, whole)
     options = dataclasses.replace(options_of(root, run), gin_files=())
@@ -252,15 +255,10 @@ def limited(rank: int, world_size: int, options: Options) -> int:
 def test_a_worker_out_of_memory_reports_one_line_error(
     data_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick_start()
-    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
+    launch_quickly(monkeypatch)
     monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
-    options = options_of(
-        data_root,
-        tmp_path / "run",
-        "sasrec_encoder.ffn_hidden_dim = 65536",
-        "sasrec_encoder.num_blocks = 40",
-    )
+    large = ("sasrec_encoder.ffn_hidden_dim = 65536", "sasrec_encoder.num_blocks = 40")
+    options = options_of(data_root, tmp_path / "run", *large)
     assert launch(limited, (options,), 2, 0, device_type="cpu") == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("rank 1 failed") and "out of memory" in line and "local_batch_size" in line
@@ -329,22 +327,9 @@ def test_killed_preparation_leaves_a_whole_folder_or_none(tmp_path: Path, data_r
 def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Path) -> None:
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=0",
-            "--standalone",
-        ),
-        *(
-            "main.py",
-            f"--gin_config_file={data_root / 'x.gin'}",
-            f"--data_root={data_root}",
-            f"--run_dir={run}",
-        ),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    config = [f"--gin_config_file={data_root / 'x.gin'}", f"--data_root={data_root}", f"--run_dir={run}", "--noreport"]
+    command = [*torchrun, "main.py", *config]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
@@ -383,8 +368,7 @@ def test_hosts_without_a_shared_disk(
     data_root: Path, tmp_path: Path, whole_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The main process reads the checkpoints for all: on resume, and the best one at the end."""
-    quick_start()
-    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
+    launch_quickly(monkeypatch)
     config = (str(data_root / "x.gin"),)
     for resume, kill in ((False, Kill("training.trainer.Trainer.run_step", 10, True)), (True, None)):
         options = Options(config, (), data_root, "run", resume, None, False, report=False)
@@ -408,22 +392,18 @@ def test_processes_with_different_input_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    quick_start()
-    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
+    launch_quickly(monkeypatch)
     own = options_of(data_root, tmp_path / "run")
-    other, words = own, "rank 1 of 2 has --max_steps=3, rank 0 has None"
     if what == "settings":
         other = options_of(data_root, tmp_path / "run", "train_fn.learning_rate = 0.5")
         words = "rank 1 of 2 has train_fn.learning_rate = 0.5, rank 0 has 0.001"
     elif what == "data":
         (tmp_path / "prepared").mkdir()
         tiny_dataset(tmp_path / "prepared", ragged_sequences(57, 30, seed=6))
-        other, words = (
-            dataclasses.replace(own, data_root=tmp_path),
-            "rank 1 of 2 has other prepared data than rank 0",
-        )
+        other = dataclasses.replace(own, data_root=tmp_path)
+        words = "rank 1 of 2 has other prepared data than rank 0"
     else:
-        other = dataclasses.replace(own, max_steps=3)
+        other, words = dataclasses.replace(own, max_steps=3), "rank 1 of 2 has --max_steps=3, rank 0 has None"
     assert launch(each_its_own, ([own, other],), 2, 0, device_type="cpu") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and words in lines[0]

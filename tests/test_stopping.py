@@ -17,16 +17,15 @@ import pytest
 
 from faulty_runs import CONFIG, ROOT, assert_same_run, options_of, run_alone, run_two
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.commands import train
 from generative_recommenders.commands.evaluate import evaluate_worker
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.commands.train import train_worker
 from generative_recommenders.data.preparation import prepare
-from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
-from generative_recommenders.evaluation import evaluator, model_evaluation
-from programs import quick_start, without_curves
+from generative_recommenders.evaluation import evaluator
+from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from programs import forked_members, quick_start, without_curves
 from tiny_data import ragged_sequences, tiny_dataset
 
 IN_TIME = 5.0
@@ -37,7 +36,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     (root / "prepared").mkdir()
     tiny_dataset(root / "prepared", ragged_sequences(57, 30, seed=5))
-    (root / "x.gin").write_text(CONFIG)
+    (root / "x.gin").write_text(CONFIG.replace("num_epochs = 4", "num_epochs = 2"))
     return root
 
 
@@ -73,6 +72,12 @@ def slow_from(owner: Any, name: str, call: int, mark: str) -> None:
     setattr(owner, name, slow)
 
 
+def slow_evaluation(call: int, mark: str) -> None:
+    """From now on ranks are counted for a few users at a time, slowly from this call on."""
+    evaluator.USERS = 4
+    slow_from(evaluator, "product_ranks", call, mark)
+
+
 def endless(owner: Any, name: str, mark: str) -> None:
     """The function takes an hour."""
 
@@ -87,27 +92,25 @@ def slow_worker(rank: int, world_size: int, options: Options, mode: str, mark: s
     """A run whose given part takes long."""
     mark = f"{mark}{rank}"
     without_curves()
-    evaluator.USERS = 1  # ranks one user at a time, so that an evaluation takes many calls
-    if mode == "validation":
-        slow_from(evaluator, "product_ranks", 35, mark)  # after the two partial evaluations of 16 users
-    elif mode == "test":
-        original = train.Trainer._load_best
-
-        def then_slow(*args: Any) -> None:
-            original(*args)
-            slow_from(evaluator, "product_ranks", 1, mark)
-
-        train.Trainer._load_best = then_slow  # type: ignore[method-assign]
-    elif mode == "baselines":
-        endless(model_evaluation.ModelEvaluation, "baselines", mark)
+    if mode == "baselines":
+        endless(ModelEvaluation, "baselines", mark)
     elif mode == "evaluate":
-        slow_from(evaluator, "product_ranks", 1, mark)
+        slow_evaluation(1, mark)
         return evaluate_worker(rank, world_size, options)
+    else:
+        original = getattr(ModelEvaluation, mode)
+
+        def slow(*args: Any, **named: Any) -> Any:
+            if mode == "test" or args[2] is None:  # of all users: partial evaluations come before
+                slow_evaluation(2, mark)
+            return original(*args, **named)
+
+        setattr(ModelEvaluation, mode, slow)
     return train_worker(rank, world_size, options)
 
 
 def as_a_program(options: Options, mode: str, mark: str, world_size: int) -> None:
-    launching.START_METHOD = "forkserver"
+    forked_members()
     descriptor = os.open(f"{mark}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -183,8 +186,7 @@ def test_a_preparation_stops_and_leaves_nothing(tmp_path: Path, number: int) -> 
 
 
 def evaluate_slowly(arguments: list[str], mark: str) -> None:
-    evaluator.USERS = 1
-    slow_from(evaluator, "product_ranks", 1, mark)
+    slow_evaluation(1, mark)
     sys.argv = ["main.py", *arguments]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 

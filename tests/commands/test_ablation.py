@@ -7,10 +7,8 @@ import csv
 import json
 import math
 import shutil
-import signal
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from generative_recommenders.commands.comparison import METRICS, user_values
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import holm
-from programs import ROOT, forked_jobs, run_program
+from programs import ROOT, forked_jobs, run_program, started
 from tiny_data import ragged_sequences, tiny_dataset
 
 BASE = """
@@ -233,17 +231,16 @@ def test_a_search_chooses_by_validation_and_says_what(tmp_path: Path) -> None:
 def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.gin"
     file.write_text(BASE.replace("num_epochs = 1", "num_epochs = 400") + 'ablation.cells = {"only": {}}\n')
-    module = [sys.executable, "-m", "generative_recommenders.ablate"]
-    command = [*module, str(file), f"--data_root={data_root}", f"--runs={tmp_path / 'runs'}"]
+    command = [PROGRAM, str(file), f"--data_root={data_root}", f"--runs={tmp_path / 'runs'}"]
     run = tmp_path / "runs" / "only" / "seed-42"
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = started(command, ROOT, tmp_path / "out", tmp_path / "err")
     until = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.is_alive() and time.monotonic() < until, (tmp_path / "err").read_text()
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 130, (tmp_path / "err").read_text()
     assert "stopped on request" in (tmp_path / "runs" / "only" / "seed-42.log").read_text()
     epochs = (run / "metrics.jsonl").read_text().count('"epoch"')
     file.write_text(file.read_text().replace("num_epochs = 400", f"num_epochs = {epochs + 1}"))
