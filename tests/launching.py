@@ -18,9 +18,8 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 def launch_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes are forked from a server that has the imports done, and the environment names no others."""
-    from programs import (
-        quick_start,
-    )  # not above: a spawned process, which imports this module for its worker, needs none
+    # Not above: a spawned process imports this module for its worker, and needs none of it.
+    from programs import quick_start
 
     quick_start()
     monkeypatch.setattr(launching, "START_METHOD", "forkserver")

@@ -115,10 +115,9 @@ def test_a_killed_run_with_a_sharded_item_table(data_root: Path, tmp_path: Path)
     assert run_two(options_of(root, whole)) == 0
     assert list(whole.glob("checkpoints/*/rows-2-of-2.safetensors"))
     between_shards = Kill("checkpoint.store.write_tensors", 5, after=False)
-    in_a_step = Kill(
-        "training.trainer.Trainer.run_step", 3, after=True, rank=1
-    )  # of a process that writes no checkpoint
-    for kill in (between_shards, in_a_step):
+    # The main process alone writes checkpoints.
+    in_a_step_of_the_other = Kill("training.trainer.Trainer.run_step", 3, after=True, rank=1)
+    for kill in (between_shards, in_a_step_of_the_other):
         assert run_two(options_of(root, run), kill) == 1
     assert run_two(options_of(root, run)) == 0
     assert_same_run(run, whole)

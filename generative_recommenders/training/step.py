@@ -71,9 +71,7 @@ class TrainingStep:
             return StepResult(mean, total, 0.0)
         if read_total() == 0:
             if not self._warned_empty:
-                logging.warning(
-                    "step %d has no target with weight: update skipped (later ones are not logged)", step + 1
-                )
+                logging.warning("step %d has no target with weight: update skipped; only this one is logged", step + 1)
             self._warned_empty = True
             return StepResult(mean, total, 0.0)
         norm = self.optimizer.gradient_norm(gradients) if self.measures_norm else None

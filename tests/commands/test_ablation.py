@@ -280,6 +280,7 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
         ),
         ('ablation.cells = {"x": {"include": "no.gin"}}', "cell x: gin: .*no gin file at 'no.gin'"),
         ('ablation.cells = {"x": {"include": "import os"}}', "no gin file at 'import os'"),
+        ('ablation.cells = {"x": {"include": 3}}', "cell x: gin: "),
         ('ablation.cells = {"x": {"import os\\ntrain_fn.num_epochs": 1}}', "cell x: gin: .*cannot import"),
         ('ablation.cells = {"x": {"train_fn.num_epochs": @f()}}', "cannot refer to @f"),
         (
@@ -372,8 +373,10 @@ def test_trials_keep_their_names_and_their_space(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs" / "trial-000")
     again = parameters(both)
     assert again[1:] == before[1:] and again[0] not in before
-    with pytest.raises(UserError, match="trial-000 is of another space than that of .*: give another folder"):
-        parameters('"BCELoss"')
+    for choices, text in (('"BCELoss"', again[0]), (both, "no JSON"), (both, "3")):
+        (tmp_path / "runs" / "trial-000" / "parameters.json").write_text(text)
+        with pytest.raises(UserError, match="trial-000 is of another space than that of .*: give another folder"):
+            parameters(choices)
 
 
 @pytest.mark.parametrize(

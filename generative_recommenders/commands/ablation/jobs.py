@@ -40,14 +40,14 @@ def slots(jobs: int | None) -> list[Slot]:
 
     jobs: as many as GPUs where None, or one. UserError without a GPU for more jobs than there are cores.
     """
-    gpus = [str(i) for i in range(torch.cuda.device_count())]
-    if gpus:
+    cores = sorted(os.sched_getaffinity(0))
+    if gpus := [str(i) for i in range(torch.cuda.device_count())]:
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each] or gpus
         names = [visible[i % len(visible)] for i in range(jobs or len(visible))]
         # Threads of a run that wait for its GPU spin on their cores, which other runs on this host need.
-        threads = str(max(1, len(os.sched_getaffinity(0)) // len(names)))
+        threads = str(max(1, len(cores) // len(names)))
         return [Slot({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": threads}) for name in names]
-    cores, count = sorted(os.sched_getaffinity(0)), jobs or 1
+    count = jobs or 1
     if count > len(cores):
         raise UserError(f"--jobs={count} on {len(cores)} cores: give each run one at least")
     shares = [tuple(cores[i::count]) for i in range(count)]
@@ -93,8 +93,8 @@ class _RunningJob:
     def last_line(self) -> str:
         """The last error that the command printed, else the last line."""
         text = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
-        lines = [line for each in text.splitlines() if (line := each.strip())]
-        return next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no output"])[-1])
+        lines = [line for each in text.splitlines() if (line := each.strip())] or ["no output"]
+        return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
 
 
 def run_all(

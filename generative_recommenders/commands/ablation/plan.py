@@ -161,7 +161,7 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
         if name != _file_name(name) or not name.strip("."):
             raise UserError(f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -")
         included = given.get("include", [])
-        statements = [f"include {path!r}" for path in ([included] if isinstance(included, str) else included)]
+        statements = [f"include {path!r}" for path in (included if isinstance(included, (list, tuple)) else [included])]
         statements += [f"{each} = {value!r}" for each, value in given.items() if each != "include"]
         named.append(Cell(name, tuple(statements)))
     for name, values in settings.grid.items():

@@ -38,16 +38,13 @@ class Search:
             raise UserError(f"{ablation.file}: a search needs validation targets, and protocol 'paper' has none")
         self.ablation, self.trials = ablation, trials
         self.space = {name: distribution(name, given, ablation.file) for name, given in space.items()}
-        self.known: dict[str, dict[str, Any]] = {
-            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-            for path in ablation.out.glob(f"trial-*/{PARAMETERS}")
-        }
-        for name, values in sorted(self.known.items()):
-            if not _fits(values, self.space):
+        self.known: dict[str, dict[str, Any]] = {}
+        for path in sorted(ablation.out.glob(f"trial-*/{PARAMETERS}")):
+            if (values := _values(path, self.space)) is None:
                 raise UserError(
-                    f"{ablation.out / name} is of another space than that of {ablation.file}: "
-                    "give another folder of runs"
+                    f"{path.parent} is of another space than that of {ablation.file}: give another folder of runs"
                 )
+            self.known[path.parent.name] = values
         self.asked: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         """Trials whose settings cannot be, with the line that says why."""
@@ -87,16 +84,16 @@ class Search:
             self.study.tell(trial, value)
 
 
-def _fits(values: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> bool:
-    """Whether a trial is of this space: of the same settings, and of choices that there still are."""
-    if values.keys() != space.keys():
-        return False
+def _values(path: Path, space: Mapping[str, BaseDistribution]) -> dict[str, Any] | None:
+    """The values of a trial by its file; None where they are of other settings than the space, of choices that are
+    gone, or no values."""
     try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name, value in values.items():
             space[name].to_internal_repr(value)
-    except ValueError:
-        return False
-    return True
+    except (ValueError, KeyError, AttributeError):
+        return None
+    return values if values.keys() == space.keys() else None
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:

@@ -20,12 +20,7 @@ from generative_recommenders.commands.ablation.tables import (
 from generative_recommenders.commands.reproduction.results import finished_of, read_results
 from generative_recommenders.data.preparation.folder import new_file
 
-TABLES = {
-    "hstu": "HSTU",
-    "encoders": "Encoders and objectives",
-    "losses": "Losses",
-    "mol": "Mixture of logits",
-}
+TABLES = {"hstu": "HSTU", "encoders": "Encoders and objectives", "losses": "Losses", "mol": "Mixture of logits"}
 COLUMNS = ("hr@10", "ndcg@10", "mrr")
 
 
