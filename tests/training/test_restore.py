@@ -34,13 +34,23 @@ def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Tr
     return Trainer(settings(**{**sizes, **others}), dataset, make_split(dataset), Collectives())
 
 
+def newest_of(store: CheckpointStore) -> Checkpoint:
+    newest = store.load_newest()
+    assert newest is not None
+    return newest
+
+
+def resumed_trainer(dataset: SequenceDataset, store: CheckpointStore, batch: int = 16, **others: Any) -> Trainer:
+    trainer = make_trainer(dataset, batch, **others)
+    trainer.restore(newest_of(store))
+    return trainer
+
+
 @pytest.fixture
 def saved(ragged_dataset: SequenceDataset, tmp_path: Path) -> Checkpoint:
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
     trainer.train(store)
-    newest = store.load_newest()
-    assert newest is not None
-    return newest
+    return newest_of(store)
 
 
 def changed(checkpoint: Checkpoint, section: str, key: str, value: Any) -> Checkpoint:
@@ -118,9 +128,7 @@ def test_a_long_evaluation_says_how_long_it_takes(
 def test_a_run_resumes_from_weights_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
     trainer.save(store)
-    resumed, newest = make_trainer(ragged_dataset), store.load_newest()
-    assert newest is not None
-    resumed.restore(newest)
+    resumed = resumed_trainer(ragged_dataset, store)
     assert resumed.train().metrics() == trainer.train().metrics()
 
 
@@ -142,8 +150,7 @@ def test_what_checkpoints_keep_of_the_data_is_read_once(
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
     trainer.train(store, stop=lambda: trainer.progress.step == 1)
     trainer.train(store)
-    newest = store.load_newest()
-    assert newest is not None and newest.state["data"] == json.loads(json.dumps(trainer.facts))
+    assert newest_of(store).state["data"] == json.loads(json.dumps(trainer.facts))
     assert len(store.paths()) == 2 and len(calls) == 1
 
 
@@ -226,9 +233,7 @@ def test_the_place_in_the_epoch_is_counted_in_users(
     assert trainer.loader.users.size == 52
     done = iter(range(1, steps + 1))
     trainer.train(store, stop=lambda: next(done) == steps)
-    newest, resumed = store.load_newest(), make_trainer(ragged_dataset, batch)
-    assert newest is not None
-    resumed.restore(newest)
+    resumed = resumed_trainer(ragged_dataset, store, batch)
     assert resumed.progress.step_in_epoch == expected
     users = [u for part in trainer.loader.epoch(0) for u in part.columns["user_ids"].tolist()]
     left = [u for part in resumed.loader.epoch(0, expected) for u in part.columns["user_ids"].tolist()]
@@ -239,13 +244,10 @@ def test_a_run_resumes_where_an_epoch_has_fewer_steps_than_before(
     ragged_dataset: SequenceDataset, tmp_path: Path
 ) -> None:
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset, 8, training_windows="all")
-    resumed = make_trainer(ragged_dataset, 8, training_windows="last")
     done = len(trainer.loader) - 1
-    assert done > len(resumed.loader)
     trainer.train(store, stop=lambda: trainer.progress.step == done)
-    newest = store.load_newest()
-    assert newest is not None
-    resumed.restore(newest)
+    resumed = resumed_trainer(ragged_dataset, store, 8, training_windows="last")
+    assert done > len(resumed.loader)
     assert resumed.train() is not None
     assert (resumed.progress.epoch, resumed.progress.step) == (1, done)
 
@@ -344,9 +346,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     whole, store = make_trainer(ragged_dataset, **choices), CheckpointStore(tmp_path)
     whole.train()
     stopped_after(ragged_dataset, store, 2, **choices)
-    resumed, newest = make_trainer(ragged_dataset, **choices), store.load_newest()
-    assert newest is not None
-    resumed.restore(newest)
+    resumed = resumed_trainer(ragged_dataset, store, **choices)
     resumed.train()
     expected = whole.task.state_dict()
     assert [n for n, x in resumed.task.state_dict().items() if not torch.equal(x, expected[n])] == []
@@ -357,8 +357,7 @@ def test_a_discriminator_that_an_older_release_did_not_save_starts_anew(
 ) -> None:
     store = CheckpointStore(tmp_path)
     stopped_after(ragged_dataset, store, 2, **REPLACED)
-    newest = store.load_newest()
-    assert newest is not None
+    newest = newest_of(store)
     assert "criterion.head.weight" in newest.tensors
     old = {name: x for name, x in newest.tensors.items() if not name.startswith("criterion.")}
     lines: list[str] = []
