@@ -112,19 +112,15 @@ def step_profiler(folder: Path | None) -> Iterator[Callable[[], None]]:
         return
 
     def write(profiler: torch.profiler.profile) -> None:
+        steps = min(ACTIVE, profiler.step_num - WAIT - WARMUP)  # fewer where training ends before
+        if steps <= 0:
+            return
         profiler.export_chrome_trace(str(folder / "profile.json"))
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20)
-        logging.info("profile of %d steps in %s\n%s", ACTIVE, folder / "profile.json", table)
-
-    steps = 0
-
-    def on_step() -> None:
-        nonlocal steps
-        steps += 1
-        profiler.step()
+        logging.info("profile of %d steps in %s\n%s", steps, folder / "profile.json", table)
 
     schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write) as profiler:
-        yield on_step
-    if steps < WAIT + WARMUP + ACTIVE:
-        logging.warning("--profile: no trace of %d steps, it needs %d", steps, WAIT + WARMUP + ACTIVE)
+        yield profiler.step
+    if profiler.step_num <= WAIT + WARMUP:
+        logging.warning("--profile: no trace of %d steps, it needs %d", profiler.step_num, WAIT + WARMUP + 1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.training.debug import NonFiniteError, check_finite, first_non_finite_module
+from generative_recommenders.training.debug import NonFiniteError, check_finite, first_non_finite_module, step_profiler
 
 
 @dataclass
@@ -121,3 +121,16 @@ def test_an_origin_on_another_process_is_named():
     model = nn.Linear(2, 2)
     with pytest.raises(NonFiniteError, match=r"is that of blocks\.1 on rank 1;"):
         check_finite(math.nan, 7, model, lambda: model(torch.ones(2)), OfTwo())
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(4, 0), (5, 0), (8, 3), (10, 5), (12, 5)])
+def test_a_profile_says_how_many_steps_it_has_or_why_there_is_none(tmp_path, caplog, steps, traced):
+    caplog.set_level("INFO", logger="absl")
+    with step_profiler(tmp_path) as on_step:
+        for _ in range(steps):
+            torch.ones(2).sum()
+            on_step()
+    assert (tmp_path / "profile.json").exists() == (traced > 0)
+    said = f"profile of {traced} steps in" if traced else f"no trace of {steps} steps, it needs 6"
+    assert said in caplog.text
+    assert ("no trace" in caplog.text) == (traced == 0)

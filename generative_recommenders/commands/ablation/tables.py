@@ -43,13 +43,6 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
     Cells on other splits or with other candidates, those whose seeds are on several splits, and those without their
     users' ranks, are not compared.
     """
-
-    def spread(numbers: Sequence[Any]) -> dict[str, float | None]:
-        return {
-            "mean": statistics.fmean(numbers),
-            "deviation": statistics.stdev(numbers) if len(numbers) > 1 else None,
-        }
-
     values: dict[str, pl.DataFrame] = {}
     rows: list[dict[str, Any]] = []
     for cell, own in runs.items():
@@ -66,7 +59,7 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
             {
                 "cell": cell,
                 "seeds": [each["seed"] for each in found],
-                "test": {name: spread([each["test"][name] for each in found]) for name in METRICS},
+                "test": {name: _spread([each["test"][name] for each in found]) for name in METRICS},
                 "validation": statistics.fmean(scored) if len(scored) == len(found) else None,
                 "interval": list(bootstrap_interval(values[cell]["value"].to_numpy())) if cell in values else None,
                 "users": len(values[cell]) if cell in values else None,
@@ -83,6 +76,10 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
     rows.sort(key=lambda row: -(row["validation"] if by_validation else row["test"][metric]["mean"]))
     chosen = rows[0]["cell"] if by_validation and rows else None
     return {"metric": metric, "cells": rows, "pairs": _pairs(rows, values), "chosen": chosen}
+
+
+def _spread(numbers: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(numbers), "deviation": statistics.stdev(numbers) if len(numbers) > 1 else None}
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
