@@ -33,8 +33,8 @@ class MoLBruteForceTopK(BruteForceTopK):
 class MoLCombTopK(TopKModule):
     """Candidates first, the mixture on those alone: the result never holds more items than there are candidates.
 
-    k_per_group: candidates of each of the Pq * Pi pairs of a query's and an item's component. avg_top_k: candidates by
-    the dot product of the components' means.
+    k_per_group: candidates of each of the Pq * Pi pairs of a query's and an item's component.
+    avg_top_k: candidates by the dot product of the components' means.
     """
 
     similarity_type = MoLSimilarity
@@ -86,7 +86,10 @@ class MoLCombTopK(TopKModule):
 
 @register_top_k("MoLNaiveTopK")
 class MoLNaiveTopK(MoLCombTopK):
-    """Candidates of pairs of components alone. k_per_group: candidates of each pair."""
+    """Candidates of pairs of components alone.
+
+    k_per_group: candidates of each pair.
+    """
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size) -> None:
         super().__init__(similarity, item_embeddings, k_per_group, 0)
@@ -94,7 +97,10 @@ class MoLNaiveTopK(MoLCombTopK):
 
 @register_top_k("MoLAvgTopK")
 class MoLAvgTopK(MoLCombTopK):
-    """Candidates by the components' means alone. avg_top_k: candidates of a query."""
+    """Candidates by the components' means alone.
+
+    avg_top_k: candidates of a query.
+    """
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: Size) -> None:
         super().__init__(similarity, item_embeddings, 0, avg_top_k)
