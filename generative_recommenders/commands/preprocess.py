@@ -27,6 +27,8 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import show
 
+_DEFAULTS = SyntheticBooksSettings()
+
 flags.DEFINE_string("dataset", "synthetic-books", "the data set; --list names them")
 flags.DEFINE_multi_string("plugin", [], PLUGIN_HELP)
 flags.DEFINE_bool("list", False, "print the data sets by name, those of plug-ins too, and stop")
@@ -98,29 +100,36 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_string("output", None, "with --audit: folder of the reports; beside the prepared folder by default")
 
-_SYNTHETIC_BOOKS = {
-    "synthetic_users": ("num_users", "users before the filter"),
-    "synthetic_items": ("num_items", "items before the filter"),
-    "synthetic_min_length": ("min_length", f"fewest ratings a user, 1 to {MAX_LENGTH}"),
-    "synthetic_mean_length": (
-        "mean_length", f"mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
-    ),
-    "predictability": ("predictability", "predictable share"),
-    "synthetic_seed": ("seed", "seed"),
-}  # fmt: skip
-"""Flags of `SyntheticBooksSettings`: the setting and the help of each."""
-for _flag, (_setting, _help) in _SYNTHETIC_BOOKS.items():
-    _default = getattr(SyntheticBooksSettings, _setting)
-    _define = flags.DEFINE_float if isinstance(_default, float) else flags.DEFINE_integer
-    _define(_flag, _default, f"synthetic-books: {_help}")
+flags.DEFINE_integer("synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter")
+flags.DEFINE_integer("synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter")
+flags.DEFINE_integer(
+    "synthetic_min_length", _DEFAULTS.min_length, f"synthetic-books: fewest ratings a user, 1 to {MAX_LENGTH}"
+)
+flags.DEFINE_float(
+    "synthetic_mean_length",
+    _DEFAULTS.mean_length,
+    f"synthetic-books: mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
+)
+flags.DEFINE_float("predictability", _DEFAULTS.predictability, "synthetic-books: predictable share")
+flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
 
+_SYNTHETIC_BOOKS = {
+    "synthetic_users": "num_users",
+    "synthetic_items": "num_items",
+    "synthetic_min_length": "min_length",
+    "synthetic_mean_length": "mean_length",
+    "predictability": "predictability",
+    "synthetic_seed": "seed",
+}
+"""Flags of `SyntheticBooksSettings`, and the setting of each."""
 _OF_CSV = "columns delimiter header quoting time_unit drop_missing"
 _OPTIONS_OF_SOME = {
     **dict.fromkeys(_OF_CSV.split(), ("csv",)),
     **dict.fromkeys(("time_unit", "drop_missing"), ("csv", "exchange-text")),
     **dict.fromkeys(_SYNTHETIC_BOOKS, ("synthetic-books",)),
 }
-_ORDER, _ENGINE = "k_core tie_order duplicates", "engine memory_limit spark_master"
+_ORDER = "k_core tie_order duplicates"
+_ENGINE = "engine memory_limit spark_master"
 _PREPARE_ONLY = f"dataset raw_path name {_ORDER} {_ENGINE}".split()
 """Flags that have no meaning where nothing is prepared, beside the options of one data set."""
 
@@ -158,17 +167,6 @@ def _export(folder: Path) -> None:
 def _check_flags() -> None:
     """UserError for a flag that is given but has no effect, by itself or beside the others."""
     given = flags.FLAGS
-    spark = given.engine == "spark"
-    for wrong, line in (
-        # Of a shell's variable that is not set; as a path it would be the current folder.
-        (given.raw_path == "", "--raw_path is empty; name a file, folder or archive"),
-        (given.audit and given.prepared is None, "--audit needs --prepared=NAME, a prepared data set or its folder"),
-        (given["output"].present and not given.audit, "--output needs --audit"),
-        (spark and given["memory_limit"].present, "--memory_limit has no meaning with --engine=spark"),
-        (not spark and given["spark_master"].present, "--spark_master needs --engine=spark"),
-    ):
-        if wrong:
-            raise UserError(line)
     taken = {} if given.raw_path is None else {Path(given.raw_path).resolve(): "raw_path"}
     for name in ("export_text", "export_parquet"):
         if (path := given[name].value) is not None:
@@ -181,16 +179,24 @@ def _check_flags() -> None:
             raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
         if given.export_text is None and given.export_parquet is None and not given.audit:
             raise UserError("--prepared needs --export_text=FILE, --export_parquet=FILE or --audit")
+    elif given.audit:
+        raise UserError("--audit needs --prepared=NAME, a prepared data set or its folder")
+    if given["output"].present and not given.audit:
+        raise UserError("--output needs --audit")
     for name, datasets in _OPTIONS_OF_SOME.items():
         if given[name].present and given.dataset not in datasets:
             raise UserError(f"--{name} is for --dataset={' or '.join(datasets)}, and this is {given.dataset}")
+    if given.engine == "spark" and given["memory_limit"].present:
+        raise UserError("--memory_limit has no meaning with --engine=spark")
+    if given.engine != "spark" and given["spark_master"].present:
+        raise UserError("--spark_master needs --engine=spark")
 
 
 def _prepare() -> tuple[Manifest, Path]:
     """The manifest and the folder of what the flags ask for."""
     given = flags.FLAGS
     memory_limit = parse_bytes(given.memory_limit)
-    settings: dict[str, Any] = {setting: given[flag].value for flag, (setting, _) in _SYNTHETIC_BOOKS.items()}
+    settings: dict[str, Any] = {setting: given[flag].value for flag, setting in _SYNTHETIC_BOOKS.items()}
     raw_path, data_root = None if given.raw_path is None else Path(given.raw_path), Path(given.data_root)
     synthetic, options = SyntheticBooksSettings(**settings), read_options()
     # What is downloaded or made is one process's until it is read.

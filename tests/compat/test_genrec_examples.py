@@ -71,6 +71,11 @@ def _model() -> TransformerEncoder:
     return TransformerEncoder(vocab_size=20, embedding_dim=8, num_heads=2, num_layers=1, attn_dim=16)
 
 
+def test_no_places_have_no_gain() -> None:
+    assert RecommendationMetrics.ndcg_at_k([[1, 2], [3]], [[1], [3]], 0) == 0.0
+    assert RecommendationMetrics.ndcg_at_k([[1, 2], [3]], [[1], [3]], -1) == 0.0
+
+
 def test_model_tools() -> None:
     model = _model()
     param_count = ModelUtils.count_parameters(model)

@@ -85,6 +85,15 @@ def test_a_link_to_a_file_keeps_leading_there(tmp_path: Path) -> None:
     assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "there" / "events.csv").read_bytes() == b"whole"
 
 
+def test_a_folder_made_meanwhile_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "events.csv"
+    with pytest.raises(UserError, match="cannot be written"), new_file(target) as scratch:
+        scratch.write_bytes(b"whole")
+        target.mkdir()
+        (target / "notes.txt").write_text("precious")
+    assert [path.name for path in target.iterdir()] == ["notes.txt"]
+
+
 def test_a_folder_that_is_being_written_is_no_prepared_data(tmp_path: Path) -> None:
     for name in (".a.tmp-host-1", "b", "a"):
         (tmp_path / "prepared" / name).mkdir(parents=True)

@@ -92,7 +92,6 @@ def test_a_flag_that_cannot_be_read_reports_one_line_error(flag: str) -> None:
     [
         (["--dataset=exchange-text"], "needs --raw_path"),
         (["--memory_limit=lots"], "is not a size"),
-        (["--dataset=csv", "--raw_path="], "--raw_path is empty; name a file, folder or archive"),
         (["--prepared=x"], "needs --export_text=FILE, --export_parquet=FILE or --audit"),
         (["--audit"], "--audit needs --prepared=NAME"),
         (["--prepared=x", "--export_text=y", "--output=z"], "--output needs --audit"),
@@ -107,6 +106,8 @@ def test_a_flag_that_cannot_be_read_reports_one_line_error(flag: str) -> None:
         (["--dataset=csv", "--raw_path=.", "--delimiter=comma"], "--delimiter='comma' is not a delimiter"),
         (["--dataset=ml-1m", "--synthetic_users=9"], "--synthetic_users is for --dataset=synthetic-books"),
         (["--dataset=csv", "--predictability=0.5"], "--predictability is for --dataset=synthetic-books"),
+        (["--dataset=csv", "--synthetic_min_length=1"], "--synthetic_min_length is for --dataset=synthetic-books"),
+        (["--dataset=csv", "--synthetic_mean_length=2"], "--synthetic_mean_length is for --dataset=synthetic-books"),
         (["--engine=spark", "--memory_limit=1GB"], "--memory_limit has no meaning with --engine=spark"),
         (["--spark_master=local"], "--spark_master needs --engine=spark"),
         (["--export_text="], "--export_text=: not the name of a file; name the file to write"),

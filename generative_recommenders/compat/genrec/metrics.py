@@ -31,10 +31,10 @@ class RecommendationMetrics:
     @staticmethod
     def ndcg_at_k(predictions: Lists, targets: Lists, k: int) -> float:
         """Mean of DCG@k over the DCG of min(|targets|, k) hits in a row, with gains 1 / log2(rank + 1)."""
-        gains = 1 / np.log2(np.arange(2, k + 2))
+        gains = 1 / np.log2(np.arange(2, max(k, 0) + 2))
         values = []
         for prediction, target in zip(predictions, targets):
-            if len(target) and k:
+            if len(target) and k > 0:
                 wanted = set(target)
                 hits = [item in wanted for item in prediction[:k]]
                 values.append(gains[: len(hits)] @ hits / gains[: len(target)].sum())

@@ -123,9 +123,10 @@ def rename_parameters(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
     """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
     wrong = None
-    dense = type(value) in (Tensor, torch.nn.Parameter) and not value.is_nested and value.layout == torch.strided
-    if not dense or value.device != torch.device("cpu"):
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested:
         wrong = "is no plain tensor"
+    elif value.layout != torch.strided or value.device != torch.device("cpu"):
+        wrong = f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
     elif value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         wrong = f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
     elif value.untyped_storage().nbytes() < value.numel() * value.element_size():

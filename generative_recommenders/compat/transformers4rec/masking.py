@@ -66,11 +66,18 @@ class MaskSequence(nn.Module):
         self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
 
     def compute_masked_targets(self, item_ids: Tensor, training: bool = False, inference: bool = False) -> MaskingInfo:
-        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``."""
-        find = self.training_targets if training else self.inference_targets if inference else self.evaluation_targets
-        return self._keep(find(item_ids), has_labels=training or not inference)
+        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``.
 
-    def _keep(self, info: MaskingInfo, has_labels: bool) -> MaskingInfo:
+        Without training the last item is the target; with inference alone there is none, and the item after the history
+        is asked for.
+        """
+        if training:
+            return self._keep(self.training_targets(item_ids))
+        if inference:
+            return self._keep(self.inference_targets(item_ids), has_labels=False)
+        return self._keep(self.evaluation_targets(item_ids))
+
+    def _keep(self, info: MaskingInfo, has_labels: bool = True) -> MaskingInfo:
         self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, has_labels
         return info
 
@@ -172,7 +179,9 @@ class CausalLanguageModeling(MaskSequence):
 
     def _next(self, item_ids: Tensor, last_only: bool) -> MaskingInfo:
         info = self.predict_all(item_ids)
-        return MaskingInfo(item_ids != self.padding_idx, self.last(info.targets)) if last_only else info
+        if not last_only:
+            return info
+        return MaskingInfo(item_ids != self.padding_idx, self.last(info.targets))
 
     def apply_mask_to_inputs(self, inputs: Tensor, mask_schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` where the schema is True, else the mask embedding.

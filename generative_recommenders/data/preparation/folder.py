@@ -126,8 +126,8 @@ def _remove(path: Path) -> None:
 
 def _replace(scratch: Path, target: Path) -> None:
     """Put ``scratch`` in the place of ``target``: a folder by Linux' exchange of names, or in two steps."""
-    if not target.is_dir():
-        scratch.replace(target)
+    if not (scratch.is_dir() and target.is_dir()):
+        scratch.replace(target)  # of a folder in the place of a file, or the other way round, an OSError
         return
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform.startswith("linux") else None
     paths = (_AT_FDCWD, os.fsencode(scratch), _AT_FDCWD, os.fsencode(target))

@@ -198,7 +198,8 @@ def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[in
     """The place of a role that several columns may have; UserError where none of them comes first."""
     plain = {place: normalise(header[place]) for place in places}
     first = [place for place in places if not set(_SECOND.get(plain[place], "").split()) & set(plain.values())]
-    chosen, names = header[first[0]], [repr(header[place]) for place in (first if len(first) > 1 else places)]
+    chosen = header[first[0]]
+    names = [repr(header[place]) for place in (first if len(first) > 1 else places)]
     if len(first) > 1:
         raise UserError(
             f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, as {role}={chosen}"

@@ -157,10 +157,7 @@ class JsonSource(TableSource):
                         f"{len(self.sample)} lines has; say what is read with --columns"
                     )
             for name in names:
-                # Polars reads half a surrogate pair as NUL: different texts would become one.
-                nul = values[name].str.contains("\0", literal=True).fill_null(False)
-                rows.refuse(nul, values[name], name, "has a NUL character or half a surrogate pair")
-                _refuse_nested(values[name], name, block, rows)
+                _refuse_misread(values[name], name, block, rows)
             yield rows, values.select(pl.col(column.header).alias(column.name) for column in columns)
 
 
@@ -189,15 +186,19 @@ def _read_json(path: Path, data: bytes, first: int, names: list[str]) -> pl.Data
         raise UserError(f"{path}, near line {first}: {first_line(error)}") from error
 
 
-def _refuse_nested(values: pl.Series, name: str, block: text.Block, rows: Rows) -> None:
-    """UserError for the first object or list, which is read as text that looks so."""
-    suspects = values.str.contains(r"^[\[{]").fill_null(False).arg_true()
+def _refuse_misread(values: pl.Series, name: str, block: text.Block, rows: Rows) -> None:
+    """UserError for the first value that polars reads as another: objects and lists as text that looks so, half a
+    surrogate pair as NUL, by which different texts would become one."""
+    suspects = values.str.contains(r"^[\[{]|\x00").fill_null(False).arg_true()
     if not len(suspects):
         return
     lines = [line for line in block.data.split(b"\n") if line.strip()]
     for row in suspects.to_list():
-        if isinstance(json.loads(lines[row]).get(name), dict | list):
+        value = json.loads(lines[row]).get(name)
+        if isinstance(value, dict | list):
             raise rows.fault(row, name, values[row], "is an object or list, which is no value of an event")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise rows.fault(row, name, values[row], "has half a surrogate pair, which is no text")
 
 
 def _has_digit(field: str) -> bool:

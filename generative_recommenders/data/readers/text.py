@@ -184,7 +184,8 @@ def first_lines(path: Path) -> tuple[list[str], int]:
                 raise UserError(
                     f"{path}, line {number}: a carriage return inside the line; end lines with \\n or \\r\\n"
                 )
-            first = first if lines else number
+            if not lines:
+                first = number
             try:
                 lines.append(line.decode())
             except UnicodeDecodeError as error:

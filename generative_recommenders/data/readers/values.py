@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from generative_recommenders.data.readers.times import MISSING, UNIT_NAMES, TimeFormat, to_nanoseconds
+from generative_recommenders.data.readers.times import (
+    MAX_SECONDS,
+    MISSING,
+    NANOSECONDS,
+    UNIT_NAMES,
+    TimeFormat,
+    to_nanoseconds,
+)
 from generative_recommenders.errors import UserError
 
 MAX_ID_BYTES = 1024
@@ -107,8 +114,10 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
         reason = f"is not a number, as the times before it ({form})"
     elif number < 0:
         reason = "is before 1970"
-    else:
+    elif number * NANOSECONDS[form.unit] > MAX_SECONDS * 10**9:
         reason = f"lies after the year 2200 in {form}; give its unit with --time_unit ({', '.join(UNIT_NAMES)})"
+    else:
+        reason = "is not a time"
     raise rows.fault(row, name, values[row], reason)
 
 

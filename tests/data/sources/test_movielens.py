@@ -44,6 +44,7 @@ def _read(tmp_path: Path, name: str, content: bytes) -> pa.Table:
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_all_film_formats_say_the_same(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
     table = _read(tmp_path, name, compress(GOOD[name]))
+    assert table.schema.equals(movielens.ITEM_SCHEMA)
     kinds = [(spec.name, spec.kind) for spec in describe("item", table.drop_columns("item"))]
     assert kinds == [("title", "text"), ("year", "numerical"), ("genres", "categorical_list")]
     assert table.to_pylist() == [

@@ -114,7 +114,12 @@ def _features_with(hint: FeatureHint) -> property:
 
 def _name_with(hint: FeatureHint) -> property:
     """The name of the only feature of that hint, None without one; UserError where there are several."""
-    return property(lambda schema: found.item().name if (found := schema.filter(feature_hint=hint)) else None)
+
+    def name(schema: TensorSchema) -> str | None:
+        found = schema.filter(feature_hint=hint)
+        return found.item().name if found else None
+
+    return property(name)
 
 
 class TensorSchema(dict[str, TensorFeatureInfo]):

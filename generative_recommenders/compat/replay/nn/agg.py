@@ -26,10 +26,10 @@ class _Aggregator(nn.Module):
     def embedding_dim(self) -> int:
         return self._embedding_dim
 
-
-def _check_width(name: str, tensor: Tensor, width: int) -> None:
-    if tensor.shape[-1] != width:
-        raise UserError(f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}")
+    @staticmethod
+    def check_width(name: str, tensor: Tensor, width: int) -> None:
+        if tensor.shape[-1] != width:
+            raise UserError(f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}")
 
 
 class SumAggregator(_Aggregator):
@@ -38,7 +38,7 @@ class SumAggregator(_Aggregator):
     def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D]``; returns ``[..., D]``. UserError where a width is not D."""
         for name, tensor in feature_tensors.items():
-            _check_width(name, tensor, self.embedding_dim)
+            self.check_width(name, tensor, self.embedding_dim)
         return torch.stack(tuple(feature_tensors.values())).sum(0)
 
 
@@ -63,7 +63,7 @@ class ConcatAggregator(_Aggregator):
     def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D_name]``; returns ``[..., output_embedding_dim]``."""
         joined = torch.cat([feature_tensors[name] for name in sorted(feature_tensors)], dim=-1)
-        _check_width(" + ".join(sorted(feature_tensors)), joined, self._input_width)
+        self.check_width(" + ".join(sorted(feature_tensors)), joined, self._input_width)
         return joined if self.feat_projection is None else self.feat_projection(joined)
 
 

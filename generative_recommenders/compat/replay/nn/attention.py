@@ -32,5 +32,6 @@ class MultiHeadDifferentialAttention(DifferentialAttention):
         q, k, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
         (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
         mask = mask_for(q1, mask)
-        attended = (F.scaled_dot_product_attention(q, k, v, mask) for q, k in ((q1, k1), (q2, k2)))
-        return self.combine(*(x.transpose(-2, -3) for x in attended))
+        first = F.scaled_dot_product_attention(q1, k1, v, mask)
+        second = F.scaled_dot_product_attention(q2, k2, v, mask)
+        return self.combine(first.transpose(-2, -3), second.transpose(-2, -3))

@@ -53,7 +53,8 @@ class NumericalEmbedding(nn.Module):
     def __init__(self, feature_info: TensorFeatureInfo) -> None:
         super().__init__()
         self.is_list = feature_info.is_list
-        width, embedding_dim = (feature_info.tensor_dim or 1) if self.is_list else 1, feature_info.embedding_dim
+        embedding_dim = feature_info.embedding_dim
+        width = (feature_info.tensor_dim or 1) if self.is_list else 1
         passes = width == embedding_dim
         self.linear = IdentityEmbedding(feature_info) if passes else nn.Linear(width, embedding_dim)
 

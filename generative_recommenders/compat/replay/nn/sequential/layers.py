@@ -43,9 +43,11 @@ class SasRecTransformerLayer(nn.Module):
         attention = partial(nn.MultiheadAttention, embedding_dim, num_heads, dropout, batch_first=True)
         feed_forward = partial(PointWiseFeedForward, embedding_dim, dropout, activation, hidden_dim)
         norm = partial(nn.LayerNorm, embedding_dim, eps=LAYER_NORM_EPS)
-        kinds = attention, norm, feed_forward, norm
-        layers = (nn.ModuleList(kind() for _ in range(num_blocks)) for kind in kinds)
-        self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms = layers
+        blocks = range(num_blocks)
+        self.attention_layers = nn.ModuleList(attention() for _ in blocks)
+        self.attention_layernorms = nn.ModuleList(norm() for _ in blocks)
+        self.forward_layers = nn.ModuleList(feed_forward() for _ in blocks)
+        self.forward_layernorms = nn.ModuleList(norm() for _ in blocks)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,9 @@ def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str
     shape: tuple[int, ...] = ()
     if feature.is_list:
         longest = pc.max(pc.list_value_length(column)).as_py() or 0
-        width = settings.get("shape", longest)
-        if not isinstance(width, int) or longest > width:
-            raise ValueError(f"a list of {longest} entries, metadata allows {width!r}")
+        width = operator.index(settings.get("shape", longest))  # numpy's integers, too
+        if longest > width:
+            raise ValueError(f"a list of {longest} entries, metadata allows {width}")
         shape = (width,)
     values, real = padded(column, shape, settings.get("padding", feature.padding_value))
     entries = values[real]

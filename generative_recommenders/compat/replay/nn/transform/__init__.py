@@ -228,11 +228,13 @@ class NextTokenTransform(Transform):
 
     def shortened(self, batch: TensorBatch) -> dict[str, Any]:
         shorter = dict(batch)
-        for name in batch.keys() - {*self.query_features}:
-            if isinstance(batch[name], Mapping):
-                shorter[name] = self.shortened(batch[name])
+        for name, value in batch.items():
+            if name in self.query_features:
+                continue
+            if isinstance(value, Mapping):
+                shorter[name] = self.shortened(value)
             elif self.tensor(batch, name).dim() > 1:
-                shorter[name] = batch[name][:, : -self.shift]
+                shorter[name] = value[:, : -self.shift]
         return shorter
 
 
