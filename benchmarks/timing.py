@@ -16,7 +16,7 @@ def by_turns(calls: Mapping[str, Callable[[], object]], repeats: int, warmup: in
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():  # a GPU that the calls do not use is left alone
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: each[warmup:] for name, each in seconds.items()}

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,11 @@ def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[flo
 def timed_plain_steps(trainer: Trainer, steps: int) -> list[float]:
     """Seconds of steps of `plain_step.PlainStep` on the trainer's batches; a step before them is not counted."""
     plain = plain_step.PlainStep(trainer.settings, trainer.dataset.num_items)
-    batches = itertools.islice(trainer.loader.epoch(0), steps + 1)
-    examples = [trainer.task.objective.example(loaded.columns) for loaded in batches]
-    done = map(plain, examples)  # a step each time that the next one is asked for
-    return timing.seconds_of(lambda: next(done), len(examples) - 1)
+    seconds = []
+    for loaded in itertools.islice(trainer.loader.epoch(0), steps + 1):
+        example = trainer.task.objective.example(loaded.columns)
+        seconds += timing.seconds_of(partial(plain, example), 1, warmup=0)
+    return seconds[1:]
 
 
 def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> float:

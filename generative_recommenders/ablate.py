@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(ablation: Ablation, args: argparse.Namespace) -> list[Run]:
     """All runs of the file's cells, made before the first begins, so that an invalid one is reported at once."""
-    only, names = [each for each in args.only.split(",") if each], [cell.name for cell in ablation.cells]
+    only = [each for each in args.only.split(",") if each]
+    names = [cell.name for cell in ablation.cells]
     if unknown := sorted({*only} - {*names}):
         raise UserError(f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(names)}")
     wanted = [(seed, cell) for cell in ablation.chosen(only) for seed in ablation.seeds(cell, args.seeds)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from programs import ROOT, run_program
 
@@ -117,6 +119,14 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
         assert value > 0, path
     stamped = result["machine"] if name == "gpu" else result
     assert stamped["benchmark"] == name and {"date", "commit", "torch", "cores", "load_before"} <= stamped.keys()
+
+
+def test_a_gpu_that_is_not_in_use_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds_of = runpy.run_path(str(BENCHMARKS / "timing.py"))["seconds_of"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("made a context on the GPU"))
+    assert len(seconds_of(lambda: None, 2)) == 2
 
 
 def without_git() -> None:

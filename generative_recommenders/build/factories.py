@@ -57,6 +57,7 @@ def get_sequential_encoder(
         name = own["query_module"]
         if name == module_type:
             raise UserError(f"item_tower.query_module {name!r} has a query tower itself: choose one that has none")
+        ENCODERS.named(name, "item_tower.query_module")
         if query_encoder is not None:
             return query_encoder(name)
         return get_sequential_encoder(name, embedding_dim, max_length, activation_checkpoint)
@@ -98,10 +99,12 @@ def create_mol_interaction_module(
     query_embedding_dim: int, item_embedding_dim: int, mutual_information: bool = True, **options: Any
 ) -> MoLSimilarity:
     """The mixture of logits; its options are the keyword arguments of `MoLSimilarity`."""
-    made = get_similarity_function(
-        "MoL", query_embedding_dim, item_embedding_dim, mutual_information=mutual_information, **options
-    )
-    return cast(MoLSimilarity, made)
+    supplies = {
+        "query_embedding_dim": query_embedding_dim,
+        "item_embedding_dim": item_embedding_dim,
+        "mutual_information": mutual_information,
+    }
+    return cast(MoLSimilarity, SIMILARITIES["MoL"].build(options, supplies))
 
 
 create_mol_interaction_module.__signature__ = SIMILARITIES["MoL"].signature  # type: ignore[attr-defined]

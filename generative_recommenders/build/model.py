@@ -81,21 +81,25 @@ def build_model(
     }
     similarity_name = settings.similarity_name
     bf16 = torch.bfloat16 if settings.model.main_module_bf16 else None
-    switches = {**dict(settings.similarity), "bf16_training": settings.similarity.bf16_training or bf16 is not None}
-    switched_on = {name: on for name, on in switches.items() if on}
-    if sharded:
-        _check_sharded(settings)
-    if sharded and collectives is not None and collectives.world_size > 1:
-        options = options_of(settings, ITEM_EMBEDDINGS, settings.item_embedding)
-        kind = TorchRecItemEmbedding if item_table == "torchrec" else ShardedItemEmbedding
-        items: ItemEmbedding = kind(catalogue.num_items, width, collectives, **options)
-    else:
-        items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
-    sequence = build_sequence(settings, catalogue)
-    similarity = get_similarity_function(
-        similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
-        score_dtype=bf16, **{**options_of(settings, SIMILARITIES, similarity_name), **switched_on},
-    )  # fmt: skip
+    switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
+    if bf16 is not None:
+        switched_on["bf16_training"] = True
+    try:  # parts of plug-ins, and tables by rows, may refuse what they are given by ValueError
+        if sharded:
+            _check_sharded(settings)
+        if sharded and collectives is not None and collectives.world_size > 1:
+            options = options_of(settings, ITEM_EMBEDDINGS, settings.item_embedding)
+            kind = TorchRecItemEmbedding if item_table == "torchrec" else ShardedItemEmbedding
+            items: ItemEmbedding = kind(catalogue.num_items, width, collectives, **options)
+        else:
+            items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
+        sequence = build_sequence(settings, catalogue)
+        similarity = get_similarity_function(
+            similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
+            score_dtype=bf16, **{**options_of(settings, SIMILARITIES, similarity_name), **switched_on},
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if sharded and similarity.operands(torch.empty(0, width), torch.empty(0, width)) is None:
         raise UserError(
             f"train_fn.item_table {item_table!r} needs scores that are products, and those of {similarity_name} are "

@@ -51,7 +51,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Describes the files in ``folder`` as they are now. Its own checksum covers all of its other fields."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     # Without row_files where there are none, as releases before sharded tables wrote it.
-    content = {"format": FORMAT, "version": VERSION, **manifest.model_dump(exclude_defaults=True), "files": files}
+    fields = manifest.model_dump(exclude=None if manifest.row_files else {"row_files"})
+    content = {"format": FORMAT, "version": VERSION, **fields, "files": files}
     write_bytes(folder / MANIFEST, json_bytes({**content, "sha256": _checksum(content)}))
 
 

@@ -104,7 +104,12 @@ class CheckpointStore:
     def __init__(
         self, folder: Path | str, keep_last: int = 3, read_only: bool = False, joins_rows: bool = True
     ) -> None:
-        self.folder, self.keep_last, self.read_only, self.joins_rows = Path(folder), keep_last, read_only, joins_rows
+        if keep_last < 1:
+            raise UserError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self.read_only = read_only
+        self.joins_rows = joins_rows
         self.attached: dict[str, bytes] = {}
         if read_only:
             return

@@ -40,7 +40,8 @@ def tensors_of(checkpoint: Checkpoint, part: str) -> dict[str, torch.Tensor]:
 
 
 def _load(module: torch.nn.Module, checkpoint: Checkpoint, part: str) -> None:
-    own, state = module.state_dict(), tensors_of(checkpoint, part)
+    own = module.state_dict()
+    state = tensors_of(checkpoint, part)
     for name, value in state.items():
         # torch converts other dtypes without a word, and a NaN would show in the numbers alone.
         if name in own and value.dtype != own[name].dtype:

@@ -56,8 +56,11 @@ def product_rate(device: torch.device) -> float:
 
 
 def memory() -> tuple[float, float]:
-    """GiB of memory: all, and what is free for programs."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """GiB of memory: all, and what is free for programs; NaN where the system does not say."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return float("nan"), float("nan")
     total, free = (int(lines[name].split()[0]) / 2**20 for name in ("MemTotal", "MemAvailable"))
     return total, free
 

@@ -106,45 +106,50 @@ def _lines(ids: pa.Array, what: str) -> str:
 def write(recommender: Recommender, path: Path, form: str, kind: str) -> dict[str, Any]:
     """Writes the file of a format; returns what export.json says of it."""
     embeddings = recommender.snapshot.embeddings
-    with new_file(path) as scratch:
-        if form == "faiss":
-            check_products(recommender)
-            index = build_index(embeddings.float().numpy(), kind)
-            import faiss  # which the index is made by
+    if form == "faiss":
+        check_products(recommender)
+        index = build_index(embeddings.float().numpy(), kind)
+        import faiss  # which the index is made by
 
+        with new_file(path) as scratch:
             faiss.write_index(index, str(scratch))
-            recall = measured_recall(recommender, index)
-            logging.info("the %s index finds %.4f of the 10 best items", kind, recall)
-            return {"index": kind, "recall@10": round(recall, 4)}
-        if form == "safetensors":
+        recall = measured_recall(recommender, index)
+        logging.info("the %s index finds %.4f of the 10 best items", kind, recall)
+        return {"index": kind, "recall@10": round(recall, 4)}
+    if form == "safetensors":
+        with new_file(path) as scratch:
             safetensors.torch.save_file({"item_embeddings": embeddings.contiguous()}, scratch)
-            return {}
-        if form == "parquet":
-            values = pa.array(embeddings.float().numpy().ravel())
-            rows = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+        return {}
+    if form == "parquet":
+        values = pa.array(embeddings.float().numpy().ravel())
+        rows = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+        with new_file(path) as scratch:
             pq.write_table(pa.table({"item_id": recommender.item_ids, "embedding": rows}), scratch)
-            return {}
-        program, inputs = export_program(recommender), query_inputs(recommender)
-        weights = {}
-        if form == "onnx":
-            # The file of the weights, where there is one, is found by its name: both are written under their own names,
-            # in a folder whose name the next `new_file` knows as a leftover, should this process be killed.
-            with TemporaryDirectory(f"-{os.getpid()}", f"{scratch.name}-", path.parent) as folder:
-                whole = Path(folder, path.name)
-                write_onnx(program, whole, list(inputs))
-                data = whole.with_name(f"{path.name}.data")
-                if data.exists():
-                    data.replace(path.with_name(data.name))
-                    weights = {"weights": data.name}
-                else:
-                    path.with_name(data.name).unlink(missing_ok=True)  # of an earlier model
-                whole.replace(scratch)
-        else:
+        return {}
+    program, inputs = export_program(recommender), query_inputs(recommender)
+    weights = {}
+    if form == "onnx":
+        # The file of the weights, where there is one, is found by its name: both are written under their own names, in
+        # a folder whose name the next `new_file` knows as a leftover, should this process be killed.
+        with (
+            new_file(path) as scratch,
+            TemporaryDirectory(f"-{os.getpid()}", f"{scratch.name}-", path.parent) as folder,
+        ):
+            whole = Path(folder, path.name)
+            write_onnx(program, whole, list(inputs))
+            data = whole.with_name(f"{path.name}.data")
+            if data.exists():
+                data.replace(path.with_name(data.name))
+                weights = {"weights": data.name}
+            else:
+                path.with_name(data.name).unlink(missing_ok=True)  # of an earlier model
+            whole.replace(scratch)
+    else:
+        with new_file(path) as scratch, open(scratch, "wb") as file:
             # A name would have to end in .pt2, and the scratch file's does not.
-            with open(scratch, "wb") as file:
-                torch.export.save(program, file)
-        shapes = {
-            name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
-            for name, x in inputs.items()
-        }
-        return {"inputs": shapes, "output": "states", **weights}
+            torch.export.save(program, file)
+    shapes = {
+        name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
+        for name, x in inputs.items()
+    }
+    return {"inputs": shapes, "output": "states", **weights}

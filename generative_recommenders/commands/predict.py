@@ -76,18 +76,7 @@ def predict(
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
         for start in tqdm(range(0, len(asked), MAX_USERS), desc="users", unit="batch", disable=None):
             some = asked[start : start + MAX_USERS]
-            # Histories as the evaluation cuts them; a request has the time of the test target, else of the last event.
-            if history == "test":
-                batch = EvaluationLoader(dataset, stops, recommender.reader.max_length, len(some)).batch(some)
-            else:
-                batch = query_histories(dataset, some, stops[some], recommender.reader.max_length)
-            if recommender.known_users is not None:
-                # numbered as in training, where there may have been others
-                own = recommender.reader.internal_users(names.take(pa.array(some)).to_pylist())
-                batch["user_ids"] = torch.from_numpy(own)
-            bounds = zip(dataset.offsets[some], stops[some])
-            seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
-            histories = Histories(some.tolist(), batch, seen)
+            histories = _histories(dataset, names, stops, some, recommender, history)
             queries = recommender.queries(histories)
             scores, items = recommender.search.best(histories, queries, top_k, exclude_seen, allowed)
             row, column = (items > 0).nonzero(as_tuple=True)
@@ -142,6 +131,33 @@ def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) ->
                 numbers = pc.fill_null(pc.index_in(now, value_set=known), -1).to_numpy() + 1
                 extra[column.name] = np.concatenate([[0], numbers])[dataset.extra[column.name]]
     return replace(dataset, manifest=replace(dataset.manifest, event_columns=described), extra=extra)
+
+
+def _histories(
+    dataset: SequenceDataset,
+    names: pa.Array,
+    stops: np.ndarray,
+    users: np.ndarray,
+    recommender: Recommender,
+    history: str,
+) -> Histories:
+    """Of users from 0, cut as the evaluation cuts them. The time of a request is that of the test target where history
+    is "test", else of the last event.
+
+    names: ``[U]`` original ids. stops: ``[U]``, events of each history.
+    """
+    reader = recommender.reader
+    if history == "test":
+        batch = EvaluationLoader(dataset, stops, reader.max_length, len(users)).batch(users)
+    else:
+        batch = query_histories(dataset, users, stops[users], reader.max_length)
+    if recommender.known_users is not None:
+        # numbered as in training, where there may have been others
+        own = reader.internal_users(names.take(pa.array(users)).to_pylist())
+        batch["user_ids"] = torch.from_numpy(own)
+    bounds = zip(dataset.offsets[users], stops[users])
+    seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
+    return Histories(users.tolist(), batch, seen)
 
 
 def _users(dataset: SequenceDataset, wanted: str, stops: np.ndarray) -> np.ndarray:

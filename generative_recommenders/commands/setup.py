@@ -14,7 +14,7 @@ from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
 from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.plugins import load_plugins
-from generative_recommenders.config.registry import named_top_k
+from generative_recommenders.config.registry import ENCODERS, ITEM_EMBEDDINGS, named_top_k
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
@@ -119,6 +119,9 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
         # An unknown name, or an option without a value, is told before data are read.
         named_top_k(given.model.top_k_method)
+        if given.encoder_name != given.model.main_module:
+            ENCODERS.named(given.encoder_name, "item_tower.query_module")
+        ITEM_EMBEDDINGS[given.items.embedding_module_type]  # which an encoder that brings its own does not choose
         for registry, name in given.named_parts().items():
             registry[name]
         for part in given.chosen_parts():

@@ -47,11 +47,18 @@ MAX_TEXT = 1000
 
 @dataclass(frozen=True)
 class UsedBy:
-    """Metadata of a setting: it acts where a chosen part of the registry ``kind`` has the constructor argument
-    ``name``; None: where a part of that kind is chosen at all."""
+    """Metadata of a setting: it acts where a chosen part of the registry ``kind`` asks for the supply ``name``; None:
+    where a part of that kind is chosen at all."""
 
     kind: str
     name: str | None = None
+
+
+@dataclass(frozen=True)
+class OptionOf:
+    """Metadata of a setting: it acts where the chosen part of the registry ``kind`` has an option of the same name."""
+
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class StrictModel(BaseModel):
         strict=True,
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,  # `check_sizes` sees Python's floats alone, not numpy's of 32 bits
         protected_namespaces=(),  # an option may be called model_...
     )
 
@@ -84,8 +92,10 @@ class StrictModel(BaseModel):
         check_sizes(value)  # before pydantic: an int beyond 64 bits or a text of megabytes would be in its message
         annotation = cls.model_fields[str(info.field_name)].annotation
         origins = {get_origin(each) or each for each in (annotation, *get_args(annotation))}
-        if isinstance(value, (list, tuple)):
-            return next((kind(value) for kind in (tuple, list) if kind in origins), value)
+        if isinstance(value, list) and tuple in origins:
+            return tuple(value)
+        if isinstance(value, tuple) and list in origins:
+            return list(value)
         return value
 
     def changed(self, **changes: Any) -> Self:
@@ -170,12 +180,13 @@ def _one_line(error: ValidationError, model: type[BaseModel], owner: str) -> str
     declared = type_name(model.model_fields[name].annotation)
     if kind == "literal_error":
         return f"{where} {got} is unknown; known: {declared}"
-    must = f"must be of type {declared}"
     if kind in _RANGES:
         text, limit = _RANGES[kind]
         must = text.format(_number(context[limit]))
     elif kind in ("size", "value_error"):
         must = str(first["msg"]).removeprefix("Value error, ")
+    else:
+        must = f"must be of type {declared}"
     return f"{where} {must}, got {got}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from absl import logging
 
-from generative_recommenders.config.fields import Unless, UsedBy
+from generative_recommenders.config.fields import OptionOf, Unless, UsedBy
 from generative_recommenders.config.published import PUBLISHED
 from generative_recommenders.config.published_runs import unlike_published
 from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES, Registry, parts_by_gin_name
@@ -57,7 +57,7 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
     others = {owner: part for owner, part in parts_by_gin_name().items() if part not in chosen}
     for owner, given in settings.options.items():
         for name, value in given.items():
-            if owner in others and value != others[owner].default(name):
+            if owner in others and others[owner].checked(name, value) != others[owner].default(name):
                 idle.setdefault("this run has no such part", []).append(f"{owner}.{name}")
     lines = [
         f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}" for why, names in idle.items()
@@ -78,10 +78,14 @@ def _reason(settings: RunSettings, name: str) -> str | None:
     for condition in GROUPS[group].model_fields[field].metadata:
         if isinstance(condition, Unless) and settings.value(condition.setting) in condition.values:
             return f"{condition.setting} is {settings.value(condition.setting)!r}"
-        if isinstance(condition, UsedBy):
+        if isinstance(condition, (UsedBy, OptionOf)):
             registry = REGISTRIES[condition.kind]
             parts = [part for part in settings.chosen_parts() if part.registry is registry]
-            if not any(condition.name in (None, *part.supplied, *part.options.model_fields) for part in parts):
+            if isinstance(condition, OptionOf):
+                acts = any(field in part.options.model_fields for part in parts)
+            else:  # a part's own option of that name is not the setting
+                acts = any(condition.name in (None, *part.supplied) for part in parts)
+            if not acts:
                 return _no_part_uses(settings, registry)
     return None
 

@@ -96,20 +96,26 @@ class Part:
                 f"{self.gin_name}: the types in its signature cannot be used: {first_line(error)}"
             ) from error
 
+    @cached_property
+    def _own_options(self) -> type[StrictModel]:
+        """`options` without those of groups, which are checked where a group is made."""
+        fields: dict[str, Any] = {
+            name: (field.annotation, field)
+            for name, field in self.options.model_fields.items()
+            if name in self._parameters
+        }
+        return create_model(self.gin_name, __base__=StrictModel, **fields)
+
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""
         return dict(validated(self.options, given, self.gin_name))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """UserError for the first of a constructor's arguments whose value its option cannot have."""
-        given: dict[str, Any] = {}
-        for name, value in arguments.items():
-            if name in self.groups:
-                given |= {self.groups[name].prefix + key: each for key, each in value}
-            # A default need not pass: that of a bound is infinity, which gin cannot write.
-            elif name in self.options.model_fields and value is not self.default(name):
-                given[name] = value
-        validated(self.options, given, self.gin_name)
+        options = arguments.keys() & self._own_options.model_fields.keys()
+        # A default need not pass: that of a bound is infinity, which gin cannot write.
+        given = {name: arguments[name] for name in options if arguments[name] is not self.default(name)}
+        validated(self._own_options, given, self.gin_name)
 
     def checked(self, option: str, value: Any, called: str | None = None) -> Any:
         """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call
@@ -193,8 +199,12 @@ class Registry:
 
     def __getitem__(self, name: str) -> Part:
         """UserError with the nearest and all known names where there is no such part."""
+        return self.named(name, self.setting)
+
+    def named(self, name: str, setting: str) -> Part:
+        """The part that another setting than the registry's own names; UserError says which."""
         if name not in self._parts:
-            raise UserError(f"unknown {self.kind} {name!r} ({self.setting}){nearest(name, self._parts)}")
+            raise UserError(f"unknown {self.kind} {name!r} ({setting}){nearest(name, self._parts)}")
         return self._parts[name]
 
     def __contains__(self, name: object) -> bool:

@@ -16,6 +16,7 @@ from generative_recommenders.config.fields import (
     Count,
     Length,
     NonNegative,
+    OptionOf,
     Period,
     Positive,
     PositiveInt,
@@ -259,8 +260,8 @@ class SimilaritySettings(Section):
 
     gin_name: ClassVar[str] = "get_similarity_function"
 
-    bf16_training: Annotated[bool, UsedBy("similarities", "bf16_training")] = False
+    bf16_training: Annotated[bool, OptionOf("similarities")] = False
     """A mixture of logits multiplies in bfloat16, in evaluation too, as ``train_fn.main_module_bf16`` has it do; False
     leaves the similarity's own option."""
-    activation_checkpoint: Annotated[bool, UsedBy("similarities", "activation_checkpoint")] = False
+    activation_checkpoint: Annotated[bool, OptionOf("similarities")] = False
     """A mixture of logits computes its activations again in the backward pass; False leaves its own option."""

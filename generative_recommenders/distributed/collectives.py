@@ -70,7 +70,7 @@ class Collectives:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return self.sum_scalar(flag) > 0
+        return self.sum_scalar(bool(flag)) > 0
 
     def barrier(self) -> None:
         """Returns once every process has called it."""

@@ -111,14 +111,17 @@ def launch(
             return worker(0, 1, *args)
         port = DEFAULT_PORT if master_port is None else master_port
         return _spawn(Job(worker, tuple(args), count, device_type, timeout), port)
-    except Exception as error:
-        line = str(error) if isinstance(error, UserError) else out_of_memory(error)
-        if line is None:
-            raise
+    except UserError as error:
         logging.debug("the fault came from here", exc_info=True)
-        logging.flush()
-        print(f"error: {prefix}{line}", file=sys.stderr, flush=True)
-        return error.exit_code if isinstance(error, UserError) else 1
+        line, code = str(error), error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        line, code = found, 1
+    logging.flush()
+    print(f"error: {prefix}{line}", file=sys.stderr, flush=True)
+    return code
 
 
 def log_failures_to(path: Path) -> None:

@@ -25,7 +25,9 @@ def keep_freed_memory() -> None:
     block).
     """
     libc = ctypes.CDLL(None)
-    mallopt = getattr(libc, "mallopt", lambda *_: 0)  # 0 is its answer to what it cannot set
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is None:
+        return
     if not (mallopt(_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)):
         return
     # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked

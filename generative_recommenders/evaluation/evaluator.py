@@ -177,7 +177,8 @@ class Evaluator:
             # One past a miss: a miss because the filter took the target out.
             measured[users.user_ids - 1] = ranks.cpu().masked_fill(users.targets.cpu() < 0, self.num_items + 2)
             # Where a catalogue is sharded, processes rank the same users together: none may leave off alone.
-            if self.collectives.any(self.stop()) if sharded else self.stop():
+            leaves_off = self.collectives.any(self.stop()) if sharded else self.stop()
+            if leaves_off:
                 break
             if progress is not None and progress.due:
                 progress.save(measured.where(measured > 0, known))

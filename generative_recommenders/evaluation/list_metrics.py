@@ -224,7 +224,10 @@ class TopLists:
     ) -> None:
         """Users with their lists ``ids [n, k]``, best first, 0 where there is none; the rest as in `add`."""
         self.metrics.add(ids, target_ids[:, None], ids * history.contains(ids))
-        rows = torch.isin(user_ids, self.compared_users, assume_unique=True)
+        # torch.isin would sort all compared users for every call
+        given = user_ids.contiguous()
+        first, after = (torch.searchsorted(self.compared_users, given, right=right) for right in (False, True))
+        rows = first < after
         self.compared.append(torch.cat([user_ids[rows, None], ids[rows]], dim=1))
 
     def compute(self, collectives: Collectives) -> dict[str, float]:

@@ -147,7 +147,8 @@ class ModelEvaluation:
         everyone."""
         world, settings = self.collectives, self.settings
         targets, missed = measured_targets(settings, self.split, part)
-        batch_size, users = evaluation_batch_size(settings), np.flatnonzero(targets >= 0)
+        batch_size = evaluation_batch_size(settings)
+        users = np.flatnonzero(targets >= 0)
         if sample is not None and sample[0] * batch_size < len(users):
             # Another sample for each validation, the same on all processes and after a resume.
             seeds = np.random.SeedSequence([settings.schedule.random_seed, sample[1]])
@@ -171,7 +172,8 @@ class ModelEvaluation:
         self, model: SequenceRecommender, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool]
     ) -> EvaluationResult:
         dataset, settings = self.dataset, self.settings
-        evaluator, lists, progress = self._evaluator(part, sample, stop), None, None
+        evaluator = self._evaluator(part, sample, stop)
+        lists = progress = None
         if sample is None and settings.evaluation.list_metrics_k is not None:
             counts = training_counts(dataset.items, dataset.offsets, self.split.train_stops, dataset.num_items)
             users = torch.from_numpy(evaluator.loader.users) + 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 
 from generative_recommenders.errors import UserError
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
 
 
 class BaseOptimizerFactory(ABC):
@@ -25,23 +26,23 @@ class OptimizerFactory(BaseOptimizerFactory):
 
     def __init__(
         self,
-        optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+        optimizer: OptimizerName = "adam",
         learning_rate: float = 0.001,
         weight_decay: float = 0.0,
         sgd_momentum: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
-        makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-            "adam": partial(torch.optim.Adam, betas=betas),
-            "adamw": partial(torch.optim.AdamW, betas=betas),
-            "sgd": partial(torch.optim.SGD, momentum=sgd_momentum),
-        }
-        if optimizer not in makers:
-            raise UserError(f"OptimizerFactory: optimizer {optimizer!r} is none of {', '.join(makers)}")
-        self.make = partial(makers[optimizer], lr=learning_rate, weight_decay=weight_decay)
+        if optimizer not in (names := get_args(OptimizerName)):
+            raise UserError(f"OptimizerFactory: optimizer {optimizer!r} is none of {', '.join(names)}")
+        self.optimizer = optimizer
+        self.shared: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+        self.sgd_momentum, self.betas = sgd_momentum, betas
 
     def create(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        return self.make(parameters)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, momentum=self.sgd_momentum, **self.shared)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, betas=self.betas, **self.shared)
 
 
 class BaseLRSchedulerFactory(ABC):

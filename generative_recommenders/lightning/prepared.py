@@ -74,7 +74,9 @@ class DataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """The validation targets; in protocol "paper" there are none and the test targets are taken."""
-        return self._targets(self.settings.measured_part)
+        if self.settings.data.protocol == "paper":
+            return self.test_dataloader()
+        return self._targets("validation")
 
     def test_dataloader(self) -> Any:
         return self._targets("test")

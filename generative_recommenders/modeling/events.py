@@ -72,10 +72,14 @@ def next_times(timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torc
     timestamps ``[B, N]``; the slot after a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
     replaces that slot. A full row without next_known repeats its own last time.
     """
+    last = timestamps[:, -1:] if next_known is None else next_known[:, None]
+    shifted = torch.cat([timestamps, last], dim=1)[:, 1:]
     if next_known is None:
-        return torch.cat([timestamps[:, 1:], timestamps[:, -1:]], dim=1)
-    slots = lengths.to(timestamps.device)[:, None]
-    return F.pad(timestamps, (0, 1)).scatter(1, slots, next_known[:, None])[:, 1:]
+        return shifted
+    # Chosen by comparison: a scatter would refuse times of two dtypes, and fail where a length is not 0..N.
+    places = torch.arange(timestamps.shape[1], device=timestamps.device)
+    ends = lengths.to(timestamps.device)[:, None] - 1
+    return torch.where(places == ends, next_known[:, None], shifted)
 
 
 def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -92,7 +96,8 @@ def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) 
         # Index of the last shown position up to here, -1 where all before are hidden.
         before = places.where(shown, -1).cummax(1).values
         first = shown.int().argmax(1, keepdim=True)
-        events["timestamps"] = seen = times.where(~hidden, times.gather(1, before.where(before >= 0, first)))
+        seen = times.where(~hidden, times.gather(1, before.where(before >= 0, first)))
+        events["timestamps"] = seen
         events["next_timestamps"] = torch.where(hidden, times, next_times(seen, lengths, torch.zeros_like(lengths)))
     return events
 

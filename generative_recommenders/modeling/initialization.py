@@ -16,13 +16,13 @@ def truncated_normal_(x: torch.Tensor, std: float = 0.02) -> torch.Tensor:
     return x
 
 
-def drawn_rows(num_rows: int, width: int, first: int, stop: int) -> torch.Tensor:
+def drawn_rows(num_rows: int, width: int, std: float, first: int, stop: int) -> torch.Tensor:
     """Rows [first, stop) of ``[num_rows, width]`` by `truncated_normal_`: the same numbers, without memory for the
     others."""
     # The rows of other processes are drawn too, so that all shards together are one table.
     kept, scratch = torch.empty(stop - first, width), torch.empty(min(BLOCK, num_rows), width)
     for start in range(0, num_rows, BLOCK):
-        block = truncated_normal_(scratch[: num_rows - start])
+        block = truncated_normal_(scratch[: num_rows - start], std)
         a, b = max(first, start), min(stop, start + len(block))
         if a < b:
             kept[a - first : b - first] = block[a - start : b - start]

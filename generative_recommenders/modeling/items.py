@@ -93,19 +93,20 @@ class ItemEmbedding(torch.nn.Module):
         l2_norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
-        self.num_items, self.embedding_dim = num_items, embedding_dim
+        self.num_items = num_items
+        self.embedding_dim = embedding_dim
         self.item_l2_norm, self.l2_norm_eps = item_l2_norm, l2_norm_eps
         self.tower = None
-        self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items)))
+        self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items), std=0.02))
 
     shard: RowShard | None = None
     """The rows that this process holds of a table that is sharded; None where the table is whole."""
     kept: TorchRecTable | None = None
     """TorchRec's table, where TorchRec stores and updates the rows."""
 
-    def initial_table(self, num_rows: int) -> torch.Tensor:
+    def initial_table(self, num_rows: int, std: float = 0.02) -> torch.Tensor:
         """The table at the start of training."""
-        return truncated_normal_(torch.empty(num_rows, self.embedding_dim))
+        return truncated_normal_(torch.empty(num_rows, self.embedding_dim), std)
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
@@ -137,7 +138,7 @@ class ItemEmbedding(torch.nn.Module):
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """`unnormalized_rows` without their ``norm_eps``."""
-        return self.history_rows(leaf)
+        return leaf
 
     def unnormalized_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """`scored_rows` that are still to be normalised, with the ``norm_eps`` to do it by."""
@@ -202,3 +203,6 @@ class CategoricalEmbeddingModule(ItemEmbedding):
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
         return ItemRows(leaf.weight, leaf.ids, self.row_of_item)
+
+    def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        return self.history_rows(leaf)

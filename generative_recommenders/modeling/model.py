@@ -107,6 +107,11 @@ class SequenceEncoder(torch.nn.Module):
             )
         if not isinstance(self.encoder, IncrementalEncoder):
             raise UserError(f"encode_incremental: {encoder} keeps nothing of a history; SASRec, HSTU and others do")
+        if layout.attention_mask is not None:
+            raise UserError(
+                "encode_incremental: the layout has an attention mask of its own, "
+                "and only causal histories can be appended to"
+            )
         if self.training:
             raise UserError("encode_incremental: the model is in training mode, where dropout acts; call eval() first")
         inputs = self.encoder_input(items, layout, events)
@@ -147,7 +152,10 @@ class SequenceRecommender(torch.nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.items, self.sequence, self.similarity, self.autocast = items, sequence, similarity, autocast
+        self.items = items
+        self.sequence = sequence
+        self.similarity = similarity
+        self.autocast = autocast
         self.objective = objective or LastEventReader()
         self.mask_embedding = MaskEmbedding(items.embedding_dim) if self.objective.uses_mask else None
 

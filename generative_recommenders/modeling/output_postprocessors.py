@@ -45,3 +45,6 @@ class LayerNormEmbeddingPostprocessor(NormPostprocessor):
 @register_output_postprocessor("none")
 class NoPostprocessor(torch.nn.Identity):
     """The states as they are, for encoders that end in a norm of their own (``sasrec_encoder.final_norm``)."""
+
+    def __init__(self) -> None:  # without the arguments that torch's takes and ignores
+        super().__init__()

@@ -59,12 +59,13 @@ class ShardedItemEmbedding(ItemEmbedding):
         self.shard = RowShard(1 + num_items, collectives)
         super().__init__(num_items, embedding_dim, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps)
 
-    def initial_table(self, num_rows: int) -> torch.Tensor:
-        return drawn_rows(num_rows, self.embedding_dim, self.shard.first, self.shard.stop)
+    def initial_table(self, num_rows: int, std: float = 0.02) -> torch.Tensor:
+        return drawn_rows(num_rows, self.embedding_dim, std, self.shard.first, self.shard.stop)
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         assert row_ids is not None  # a task with a sharded table always gathers
-        route, learns = self.shard.route(row_ids), self.table.requires_grad
+        route = self.shard.route(row_ids)
+        learns = self.table.requires_grad
         gathered = self.shard.gather(self.table, route).requires_grad_(learns)
         own = ShardRows(self.table.detach().requires_grad_(learns), shard=self.shard)
         return RoutedRows(gathered, row_ids, late=[], route=route, own=own)
@@ -108,9 +109,9 @@ class TorchRecItemEmbedding(ShardedItemEmbedding):
 
     kept: TorchRecTable
 
-    def initial_table(self, num_rows: int) -> torch.Tensor:
+    def initial_table(self, num_rows: int, std: float = 0.02) -> torch.Tensor:
         self.kept = TorchRecTable(num_rows, self.embedding_dim, self.shard.collectives)
-        return self.kept.weight.copy_(super().initial_table(num_rows))
+        return self.kept.weight.copy_(super().initial_table(num_rows, std))
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         assert row_ids is not None  # a task with a sharded table always gathers

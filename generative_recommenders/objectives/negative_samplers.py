@@ -118,7 +118,9 @@ class NegativesSampler(torch.nn.Module, ABC):
         super().__init__()
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be 1 or more, got {num_negatives}")
-        self.num_negatives, self.sharing, self.log_q_correction = num_negatives, sharing, log_q_correction
+        self.num_negatives = num_negatives
+        self.sharing = sharing
+        self.log_q_correction = log_q_correction
         self.register_buffer("nothing", torch.empty(0), persistent=False)
 
     def forward(self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None) -> Negatives:
@@ -191,6 +193,8 @@ class InBatchNegativesSampler(NegativesSampler):
             self.expected = np.array([float(self._in_batch(n, self.log_absent).sum()) for n in self.events])
 
     def draw(self, key, units, draws, batch):
+        if not units.numel():
+            return units.new_empty(0, draws), units.new_empty(0, draws, dtype=torch.float32)
         pool = batch.pool
         if pool is None or pool.numel() == 0:
             raise UserError("in-batch negatives: the batch holds no items to draw from")
@@ -267,7 +271,8 @@ class MixedNegativesSampler(NegativesSampler):
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:
             raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {sizes}: each needs one above 0")
         super().__init__(num_negatives, samplers[0].sharing)
-        self.samplers = torch.nn.ModuleList(samplers)
+        self.parts = list(samplers)
+        self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one
         stops = [round(num_negatives * part / sum(sizes)) for part in accumulate(sizes)]
         self.draws = [stop - start for start, stop in zip([0, *stops], stops)]
         if min(self.draws) < 1:
@@ -279,8 +284,8 @@ class MixedNegativesSampler(NegativesSampler):
 
     def draw(self, key, units, draws, batch):
         parts = [
-            sampler.draw(stream_key(key, index), units, count, batch)[0]  # type: ignore[operator]
-            for index, (sampler, count) in enumerate(zip(self.samplers, self.draws))
+            sampler.draw(stream_key(key, index), units, count, batch)[0]
+            for index, (sampler, count) in enumerate(zip(self.parts, self.draws))
         ]
         return torch.cat(parts, dim=1), None
 

@@ -63,17 +63,17 @@ class CounterDraws:
         return counter_uniform(stream_key(self.key, self.calls), self.numbers, count)
 
 
-def _mix64(z: Any) -> Any:
+def _mix64(z: Key) -> Any:
     z = _wrapped((z ^ _shift64(z, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64)))
     z = _wrapped((z ^ _shift64(z, 27)) * (0x94D049BB133111EB - (1 << 64)))
     return _wrapped(z ^ _shift64(z, 31))
 
 
-def _shift64(z: Any, bits: int) -> Any:
+def _shift64(z: Key, bits: int) -> Any:
     """Logical right shift; torch's and Python's are arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _wrapped(z: Any) -> Any:
+def _wrapped(z: Key) -> Any:
     """As a signed 64-bit integer: a tensor's numbers are, Python's do not wrap around by themselves."""
     return z if isinstance(z, torch.Tensor) else (z + (1 << 63)) % (1 << 64) - (1 << 63)

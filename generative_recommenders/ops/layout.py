@@ -165,7 +165,7 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
     starts, row_of = np.cumsum(host) - host, np.repeat(np.arange(host.size), host)
     fields = {
         "lengths": host,
-        "positions": np.arange(row_of.size) - starts[row_of],
+        "positions": np.arange(row_of.size) - np.repeat(starts, host),
         "row_of": row_of,
         "starts": starts,
     }

@@ -60,10 +60,13 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
     """
     if isinstance(histories, Mapping):
         lists = {user: in_order(items, f"the history of user {user!r}") for user, items in histories.items()}
-        # a user without events is still a user
-        rows = [(user, item) for user, items in lists.items() for item in items or [None]]
-        columns = {"user_id": [user for user, _ in rows], "item_id": [item for _, item in rows]}
+        columns = {  # a user without events is still a user
+            "user_id": [user for user, items in lists.items() for _ in items or [None]],
+            "item_id": [item for items in lists.values() for item in items or [None]],
+        }
         frame = pl.DataFrame(columns, strict=False)
+        if frame["item_id"].dtype == pl.Null:  # there is no event
+            frame = frame.cast({"item_id": pl.String})
         own = frame["user_id"]
         if own.dtype == pl.String and own.n_unique() < len(lists):
             raise UserError(f"{what}: user_id has the same text twice, as 7 and '7'; give each user once")

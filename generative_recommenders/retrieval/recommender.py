@@ -294,10 +294,11 @@ class Recommender:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def allowed(self, candidates: list[Any]) -> torch.Tensor:
-        """Sorted internal ids ``[R]`` of candidates; unknown ones are counted in a warning."""
-        (allowed,), unknown = self.allowed_by_row([candidates])
-        _warn_of_unknown(unknown)
+    def allowed(self, candidates: Any, warn: bool = True) -> torch.Tensor:
+        """Sorted internal ids ``[R]`` of candidates; warn: whether unknown ones are counted in a warning."""
+        (allowed,), unknown = self.allowed_by_row([listed(candidates, "candidates")])
+        if warn:
+            _warn_of_unknown(unknown)
         return allowed
 
     def allowed_by_row(self, lists: list[list[Any]]) -> tuple[list[torch.Tensor], int]:

@@ -48,7 +48,7 @@ def scan(
     Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; a row with fewer
     than k items ends with minus infinity and id 0.
     """
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    values: torch.Tensor | None = None
     for start in range(0, max(num_items, 1), block):
         scores = score_items(start, min(start + block, num_items))
         if seen_ids is not None:
@@ -56,12 +56,14 @@ def scan(
             rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(as_tuple=True)
             scores[rows, columns[rows, places]] = -torch.inf
         best, columns = largest(scores, k)
-        found.append((best, columns + (start + 1)))
-        if len(found) == 2:
-            values, ids = (torch.cat(each, dim=1) for each in zip(*found))
-            values, order = largest(values, k)
-            found = [(values, ids.gather(1, order))]
-    return fill(*found[0], k)
+        found = columns + (start + 1)
+        if values is None:
+            values, ids = best, found
+        else:
+            values, order = largest(torch.cat([values, best], dim=1), k)
+            ids = torch.cat([ids, found], dim=1).gather(1, order)
+    assert values is not None  # there is always one block
+    return fill(values, ids, k)
 
 
 def fill(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

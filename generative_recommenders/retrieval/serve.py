@@ -157,11 +157,13 @@ def _ranked(
             batch["next_timestamps"][row] = at
     allowed = None
     if requests[0].candidates is not None:
-        allowed, _ = recommender.allowed_by_row([[str(each) for each in r.candidates or ()] for r in requests])
+        candidates = [[str(item) for item in request.candidates or ()] for request in requests]
+        allowed, _ = recommender.allowed_by_row(candidates)
     popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
     answered = popular | (batch["lengths"] > 0)
     batch["lengths"][~answered] = 1  # of padding, so that nobody looks for the most popular items
-    k, queries = max(request.k for request in requests), recommender.queries(histories)
+    k = max(request.k for request in requests)
+    queries = recommender.queries(histories)
     scores, ids = recommender.search.best(histories, queries, k, requests[0].exclude_seen, allowed)
     found: list[Ranked] = []
     for request, row_ids, row_scores, is_answered in zip(requests, ids.tolist(), scores.tolist(), answered.tolist()):

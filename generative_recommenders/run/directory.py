@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import itertools
 import json
 import logging as python_logging
 import math
@@ -25,8 +24,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from absl import logging
 
-from generative_recommenders.checkpoint.files import write_bytes
-from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import add_log_file, no_link, remove_log_file, to_log_file
 
@@ -207,9 +204,16 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> Path:
         """Replaces a file of the folder, whole or not at all."""
-        with new_file(self.path / name) as scratch:
-            write_bytes(scratch, text.encode())
-        return self.path / name
+        # Not by `new_file`, which follows a link and makes a folder that is gone: a run writes to its own folder alone.
+        path, writing = self.path / name, self.path / f".{name}.writing"
+        with self._writable():
+            writing.unlink(missing_ok=True)
+            with open(writing, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)  # a kill before this line leaves the old file as it was
+        return path
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -231,12 +235,14 @@ def _new_folder(root: Path, name: str) -> Path:
     """A folder named by the time, followed by a number where that one exists."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     root.mkdir(parents=True, exist_ok=True)
-    for attempt in itertools.count(1):
+    attempt = 1
+    while True:
         folder = root / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
-        with contextlib.suppress(FileExistsError):
+        try:
             folder.mkdir()
-            break
-    return folder
+            return folder
+        except FileExistsError:
+            attempt += 1
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -230,6 +230,7 @@ class Optimizer:
         self.sparse = rule.rows(table) if table.requires_grad else None
         self.kept = kept if self.sparse is not None else None
         if self.sparse is not None and kept is not None:
+            # It tells the rate and the state alone: its `step` must not be called, or the rows move twice.
             self.sparse.state = {"sum_of_squares": kept.sum_of_squares}
         # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
         self.parameters = [p for p in (*dense, *(() if self.sparse else (table,))) if p.requires_grad]
@@ -347,7 +348,7 @@ class Optimizer:
         expected = self._table_state()
         for index, parameter in enumerate(self.parameters):
             if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
-                # like the parameter, or a number, as the step
+                # a tensor of the parameter's shape; else a number, as the step
                 expected |= {f"{DENSE}{index}.{name}": parameter if x.dim() else x for name, x in made.items()}
         found, wanted = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (tensors, expected))
         if found != wanted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Annotated
@@ -86,7 +85,8 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         rows = {name: tensors.pop(name) for name in _row_tensors(trainer, tensors)}
         shards = shards_on_main(trainer.collectives, shard, rows)
         if not trainer.collectives.is_main:
-            deque(shards, 0)
+            for _ in shards:
+                pass
             return
     users = trainer.dataset.original_user_ids() if reads_users(trainer.model) else None
     tensors |= data_tensors(trainer.catalogue.counts, users)
@@ -96,7 +96,8 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "warnings": trainer.log.state(),
         "data_hash": manifest.data_hash,
         "split_hash": trainer.split.hash,
-        **{name: getattr(manifest, name) for name in DATA_PARTS},
+        "features_hash": manifest.features_hash,
+        "columns_hash": manifest.columns_hash,
         "data": trainer.facts,
         "optimizer_tensors": len(parts["optimizer"]),
         "frozen": trainer.frozen,
@@ -107,7 +108,8 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
     try:
         store.save((trainer.progress.epoch, trainer.progress.step), tensors, state, metric, is_best, shards)
     finally:
-        deque(shards, 0)  # where the disk is full the others are still sending
+        for _ in shards:  # where the disk is full the others are still sending
+            pass
 
 
 def _row_tensors(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -72,7 +72,8 @@ class Trainer:
         )  # fmt: skip
         if len(self.loader) == 0:
             raise UserError(f"{data.dataset_name}: no user has 2 training events; there is nothing to learn from")
-        items, rates = self.model.items, {each: getattr(updates, each) for each in ("learning_rate", "weight_decay")}
+        items = self.model.items
+        rates = {"learning_rate": updates.learning_rate, "weight_decay": updates.weight_decay}
         optimizer = Optimizer(
             [p for p in self.task.parameters() if p is not items.table], items.table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
@@ -256,14 +257,14 @@ class Trainer:
     def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
         p = self.progress
         self._check_parameters()
-        every = self.settings.evaluation
-        full = p.epoch + 1 >= self.settings.schedule.num_epochs or p.epoch % every.full_eval_every_n == 0
+        evaluation = self.settings.evaluation
+        full = p.epoch + 1 >= self.settings.schedule.num_epochs or p.epoch % evaluation.full_eval_every_n == 0
         with self.log.timed("evaluation"):
-            result = self.evaluation.validation(
-                self.model, None if full else every.partial_eval_num_iters, stop, p.epoch
-            )
+            most = None if full else evaluation.partial_eval_num_iters
+            result = self.evaluation.validation(self.model, most, stop, p.epoch)
         metrics = result.all_metrics() if full else result.metrics()
-        if errors := self.evaluation.standard_errors(result, self.settings.measured_part):  # of a sample of the users
+        # Of a sample of the users: how far its mean is from that of all.
+        if errors := self.evaluation.standard_errors(result, self.settings.measured_part):
             metrics[f"{BEST_BY}_standard_error"] = errors[BEST_BY]
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append({"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics})

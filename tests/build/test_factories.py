@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import generative_recommenders as package
+from generative_recommenders import build
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.hstu import HSTU
@@ -36,6 +37,24 @@ def test_the_mixture_has_documented_options_and_switches() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bf16_training": "yes"}, "create_mol_interaction_module.bf16_training must be of type bool, got 'yes'"),
+        ({"score_dtype": torch.bfloat16}, "create_mol_interaction_module has no parameter 'score_dtype'"),
+        ({"module_type": "DotProduct"}, "create_mol_interaction_module has no parameter 'module_type'"),
+    ],
+)
+def test_the_mixtures_own_factory_checks_its_options(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        package.create_mol_interaction_module(8, 8, **options)
+
+
+def test_the_package_of_builders_has_the_names_that_it_exports() -> None:
+    for name in build.__all__:
+        assert getattr(build, name).__name__ == name
+
+
+@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("SASRek", {}, "unknown encoder 'SASRek'.*did you mean 'SASRec'"),
@@ -46,6 +65,7 @@ def test_the_mixture_has_documented_options_and_switches() -> None:
             "sasrec_encoder has no parameter 'num_block'; did you mean 'num_blocks'",
         ),
         ("TwoTower", {"query_module": "TwoTower"}, "has a query tower itself"),
+        ("TwoTower", {"query_module": "SASRek"}, r"unknown encoder 'SASRek' \(item_tower.query_module\)"),
     ],
 )
 def test_what_cannot_be_reports_one_line_error(name: str, options: dict, message: str) -> None:

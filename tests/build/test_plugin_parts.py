@@ -10,7 +10,7 @@ from generative_recommenders.build.parts import build_model, build_sampler
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.published import describe
-from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES
+from generative_recommenders.config.registry import INPUT_PREPROCESSORS, NEGATIVE_SAMPLERS, REGISTRIES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from tiny_models import catalogue, loaded, settings, ten_users, training_step
@@ -50,6 +50,16 @@ def test_each_part_trains_by_itself(setting: str) -> None:
     step = training_step(chosen, catalogue())
     losses = [float(step(loaded(ten_users()), 0).loss) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_a_value_that_a_part_refuses_after_its_making_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> int:
+        raise ValueError("no tokens of these")
+
+    preprocessor = INPUT_PREPROCESSORS["ItemsAlone"].make
+    monkeypatch.setattr(preprocessor, "tokens_per_item", property(refuse), raising=False)
+    with pytest.raises(UserError, match="^no tokens of these$"):
+        build_model(chosen(), catalogue())
 
 
 def test_a_mixture_takes_a_plugin_sampler() -> None:

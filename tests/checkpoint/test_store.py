@@ -338,6 +338,12 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
+@pytest.mark.parametrize("keep_last", [0, -1])
+def test_keep_last_must_be_positive(tmp_path, keep_last):
+    with pytest.raises(UserError, match="keep_last"):
+        CheckpointStore(tmp_path, keep_last=keep_last)
+
+
 def test_values_that_are_not_json_leave_nothing(tmp_path):
     store = store_with(tmp_path, 1)
     with pytest.raises(TypeError):

@@ -294,6 +294,7 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
         ('ablation.search = {"train_fn.random_seed": ["int", 1, 9]}', "binds train_fn.random_seed: give --seeds or"),
         ('ablation.cells = {"x": {}}\nablation.seeds = {"y": 2}', "ablation.seeds is of y, and no cell is named so"),
         ('ablation.grid = {"a.b": [1], "c.b": [1], "train_fn.num_epochs": [1, 1]}', "two cells are named"),
+        (f"ablation.grid = {dict.fromkeys(('a.b', 'c.b', 'd.b'), [1] * 11)}", "more than 1000 cells"),
     ],
 )
 def test_what_cannot_be_meant_reports_one_line_error(tmp_path: Path, text: str, message: str) -> None:

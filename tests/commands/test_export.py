@@ -144,3 +144,18 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="onnx is not installed; the extra 'export' has it"):
         write(of_run(tmp_path), "onnx", None, "exact")
+
+
+@pytest.mark.parametrize("form", ["torch", "faiss"])
+def test_an_export_that_fails_at_its_work_leaves_no_folder(
+    run: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(command, "check_installed", lambda form: None)
+    for name in ("export_program", "check_products"):
+        monkeypatch.setattr(command, name, fail)
+    with pytest.raises(OSError, match="no C compiler"):  # and no line about a file that cannot be written
+        write(of_run(run), form, None, "exact")
+    assert not (run / "export").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.commands import doctor
 from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.registry import REGISTRIES
@@ -161,6 +163,14 @@ def test_log_lines_have_the_time_to_the_second_and_the_level(tmp_path: Path) -> 
                            "--synthetic_items=50", f"--data_root={tmp_path}")  # fmt: skip
     lines = [line for line in prepared.stderr.splitlines() if " INFO " in line]
     assert lines and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO ", line) for line in lines)
+
+
+def test_the_doctor_goes_on_where_the_system_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert all(math.isnan(each) for each in doctor.memory())
 
 
 def test_the_doctor_says_what_there_is_and_that_learning_works(tmp_path: Path) -> None:

@@ -54,6 +54,20 @@ def test_published_values_that_are_no_registered_names_are_taken(given: str) -> 
     assert repr(settings.value("train_fn." + given.partition(" ")[0])) == given.rpartition(" ")[2]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("train_fn.embedding_module_type", r"unknown item embedding 'nonsense' \(train_fn.embedding_module_type\)"),
+        ("item_tower.query_module", r"unknown encoder 'nonsense' \(item_tower.query_module\)"),
+        ("train_fn.main_module", r"unknown encoder 'nonsense' \(train_fn.main_module\)"),
+    ],
+)
+def test_an_unknown_name_is_told_before_data_are_read(given: str, message: str) -> None:
+    options = Options((), ("train_fn.main_module = 'TwoTower'", f"{given} = 'nonsense'"), Path("absent"))
+    with pytest.raises(UserError, match=message):
+        run_settings(options, Collectives())
+
+
 @pytest.mark.parametrize("method", ["MoLCombTopK5", "MoLNaiveTopK", "TopK7"])
 def test_a_search_without_its_numbers_is_named_before_data_are_read(method: str) -> None:
     options = Options((), (f"train_fn.top_k_method = {method!r}",), Path("absent"))

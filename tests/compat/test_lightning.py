@@ -420,6 +420,14 @@ def test_data_follow_the_settings_of_an_evaluation(tmp_path: Path) -> None:
     assert few.catalogue().num_items == NUM_ITEMS + 2
 
 
+def test_in_protocol_paper_validation_is_the_test_loader_of_a_subclass(dataset: SequenceDataset) -> None:
+    class Own(DataModule):
+        def test_dataloader(self) -> str:
+            return "own"
+
+    assert Own(dataset.folder, chosen(protocol="paper")).val_dataloader() == "own"
+
+
 def test_what_comes_next_is_asked_for_at_the_time_of_the_last_event(dataset: SequenceDataset) -> None:
     (batch,) = DataModule(dataset.folder, chosen()).predict_dataloader()
     last = dataset.timestamps[dataset.offsets[1:] - 1]
@@ -583,6 +591,8 @@ def test_bad_callbacks_and_factories_are_refused(tmp_path: Path, dataset: Sequen
         TorchTopItemsCallback(1).get_result()
     with pytest.raises(UserError, match="lion"):
         OptimizerFactory("lion")
+    with pytest.raises(UserError, match="is none of adam, adamw, sgd"):
+        OptimizerFactory(["adam"])
     with pytest.raises(UserError, match="above 0"):
         LambdaLRSchedulerFactory(1, normal_lr=0.0)
     metrics = ComputeMetricsCallback(["recall"], ground_truth_column="truth")
@@ -597,7 +607,12 @@ def test_schedules_and_optimizers_follow_their_arguments() -> None:
     sgd = OptimizerFactory("sgd", 0.5, 0.1, sgd_momentum=0.9).create([parameter])
     assert isinstance(sgd, torch.optim.SGD)
     assert (sgd.defaults["lr"], sgd.defaults["weight_decay"], sgd.defaults["momentum"]) == (0.5, 0.1, 0.9)
-    assert OptimizerFactory().create([parameter]).defaults["betas"] == (0.9, 0.98)
+    adam = OptimizerFactory()
+    assert adam.create([parameter]).defaults["betas"] == (0.9, 0.98)
+    adam.betas = (0.8, 0.9)
+    adam.shared["lr"] = 0.5
+    changed = adam.create([parameter]).defaults
+    assert (adam.optimizer, changed["betas"], changed["lr"]) == ("adam", (0.8, 0.9), 0.5)
     made = LambdaLRSchedulerFactory(2, 1.0, 0.1, "step").create(sgd)
     assert made["interval"] == "step"
     rates = []

@@ -12,6 +12,7 @@ from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config import lint as notices
 from generative_recommenders.config.gin import differences, load_settings
 from generative_recommenders.config.lint import likely_slips, settings_without_effect
+from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS
 from generative_recommenders.config.schema import RunSettings
 from tiny_models import OWNERS
 
@@ -111,6 +112,27 @@ def test_a_part_that_is_not_chosen_may_lack_options_that_it_needs() -> None:
     assert settings_without_effect(idle) == ["MoLCombTopK.k_per_group has no effect: this run has no such part"]
     assert differences(RunSettings(), idle) == [("MoLCombTopK.k_per_group", None, 2)]
     assert idle.value("MoLCombTopK.avg_top_k") is None
+
+
+def test_a_parts_own_option_of_a_settings_name_is_not_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NEGATIVE_SAMPLERS, "_parts", dict(NEGATIVE_SAMPLERS._parts))
+
+    @NEGATIVE_SAMPLERS.register("own-number", gin_name="own_number")
+    def own_number(num_negatives: int = 4) -> None: ...  # without SUPPLIED, which would make it the setting
+
+    (said,) = settings_without_effect(chosen(sampling_strategy="own-number", num_negatives=8))
+    assert said.startswith("train_fn.num_negatives has no effect")
+
+
+def test_a_tuple_is_as_good_as_the_list_of_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
+
+    @LOSSES.register("listed", gin_name="listed")
+    def listed(values: list[int] = [1, 2]) -> None: ...  # noqa: B006  (as plug-ins may write it)
+
+    assert settings_without_effect(RunSettings(options={"listed": {"values": (1, 2)}})) == []
+    (said,) = settings_without_effect(RunSettings(options={"listed": {"values": (1, 3)}}))
+    assert said == "listed.values has no effect: this run has no such part"
 
 
 def test_an_approximate_top_k_is_reported_to_have_no_effect() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 from annotated_types import Ge, Le
 
@@ -23,6 +24,18 @@ class Base:
 class Sizes(OptionGroup):
     prefix = "size_"
     height: Annotated[int, Ge(1)]
+
+
+class Larger(Sizes):
+    depth: int = 1
+
+
+class Bounds(OptionGroup):
+    prefix = "bound_"
+    upper: float = math.inf
+
+
+OF_THREE, UNBOUNDED = Sizes(height=3), Bounds()
 
 
 def registry_with_part() -> Registry:
@@ -72,6 +85,7 @@ def test_a_supply_may_be_a_function_of_the_options() -> None:
         ({"rate": True}, "toy_part.rate must be of type float, got True"),
         ({"rate": math.nan}, "toy_part.rate must be finite"),
         ({"limit": math.inf}, "toy_part.limit must be finite"),
+        ({"limit": np.float32("inf")}, r"toy_part.limit must be of type float \| None, got np.float32\(inf\)"),
         ({"limit": 1e39}, "toy_part.limit must be 0 or of a size from 1e-30 to 1e\\+30"),
         ({"limit": 1e-308}, "toy_part.limit must be 0 or of a size"),
         ({"kind": "c"}, "toy_part.kind 'c' is unknown; known: 'a', 'b'"),
@@ -113,6 +127,25 @@ def test_a_direct_call_is_checked_as_gin_is() -> None:
         toy(7, kind="c")
     with pytest.raises(TypeError, match="width"):
         toy(layers=3)
+
+
+def test_a_group_is_checked_where_it_is_made_alone() -> None:
+    registry = registry_with_part()
+
+    @registry.register("Grouped", gin_name="grouped_part")
+    class Grouped(Base):
+        def __init__(
+            self, sizes: Sizes = OF_THREE, bounds: Bounds = UNBOUNDED, layers: Annotated[int, Ge(1)] = 2
+        ) -> None:
+            self.sizes, self.bounds = sizes, bounds
+
+    assert Grouped().sizes.height == 3
+    assert Grouped(Larger(height=4)).sizes.depth == 1, "of a class with more fields"
+    assert Grouped(bounds=Bounds()).bounds.upper == math.inf, "with a default that gin cannot write"
+    for sizes in (None, {"height": 5}, object()):
+        assert Grouped(sizes).sizes is sizes, "which the constructor may know how to take"
+    with pytest.raises(UserError, match=r"^grouped_part.layers must be 1 or more, got 0$"):
+        Grouped(None, layers=0)
 
 
 def test_an_unknown_name_lists_all_and_the_nearest() -> None:

@@ -44,6 +44,7 @@ def checks(group: Collectives) -> list[str]:
         "broadcast": group.broadcast_object_json({"run": ("книга", rank)}) == {"run": ["книга", 0]},
         "broadcast null": group.broadcast_object_json(None if rank == 0 else "other") is None,
         "any": group.any(rank == world - 1) and not group.any(False),
+        "any of no answer": not group.any(None),
         "is_main": group.is_main == (rank == 0),
     }
     group.barrier()

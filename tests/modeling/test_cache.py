@@ -28,6 +28,7 @@ from generative_recommenders.modeling.output_postprocessors import (
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives.masked import MaskedItemObjective
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
 WINDOW, DIM, ITEMS, ROWS = 12, 8, 20, 5
@@ -244,6 +245,10 @@ def test_rows_and_events_of_the_cache() -> None:
 def test_what_cannot_append_is_refused() -> None:
     with pytest.raises(UserError, match="built for a masked objective"):
         encoded(build("SASRec", objective=MaskedItemObjective()))
+    layout = jagged_layout(torch.tensor([2]), 2)
+    masked = layout.with_attention_mask(AttentionMask(layout.positions, layout.positions))
+    with pytest.raises(UserError, match="only causal histories"):
+        build("SASRec").sequence.append(None, torch.ones(2, DIM), masked, {})
     softmax = build("HSTU")
     softmax.sequence.encoder = HSTU(DIM, WINDOW, normalization="softmax_rel_bias").eval()
     with pytest.raises(UserError, match="normaliser of"):

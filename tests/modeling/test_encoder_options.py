@@ -12,6 +12,8 @@ from generative_recommenders.modeling.encoders.ligr import LiGR
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.encoders.transformer import Transformer
 
+LONGEST = {"max_length": 6}
+
 
 @pytest.mark.parametrize(
     ("encoder", "options", "message"),
@@ -58,3 +60,16 @@ def test_refused(encoder: type, options: dict, message: str) -> None:
     with pytest.raises((ValueError, UserError), match=message) as refused:
         encoder(8, **options)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("rate", [-0.5, 1.0, 1.5])
+@pytest.mark.parametrize(
+    ("encoder", "option", "options"),
+    [(SASRec, "ffn_dropout_rate", {}), (HSTU, "attn_dropout_rate", LONGEST), (FuXi, "attn_dropout_rate", LONGEST)],
+)
+def test_rates_of_derived_encoders_are_refused(encoder: type, option: str, options: dict, rate: float) -> None:
+    class Derived(encoder):
+        pass
+
+    with pytest.raises(ValueError, match=str(rate)):
+        Derived(8, **options, **{option: rate})

@@ -7,6 +7,8 @@ import torch
 
 from generative_recommenders.build.factories import get_sequential_encoder
 from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.modeling.encoders.base import TimedEncoder
+from generative_recommenders.modeling.encoders.sasrec import SasrecBlock
 from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 from tiny_models import contracted
 
@@ -44,6 +46,24 @@ def tokens() -> tuple[torch.Tensor, Layout, dict[str, torch.Tensor]]:
     times = torch.randint(1, 10**6, (count,), generator=generator)
     events = {"timestamps": times, "next_timestamps": times + 500}
     return torch.randn(count, WIDTH, generator=generator), jagged_layout(LENGTHS, COLUMNS), events
+
+
+class Own(TimedEncoder):
+    """As plug-ins write it: a constructor that sets what the base reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_dim = WIDTH
+        self.activation_checkpoint = False
+        self.max_length, self.timed, self.next_time = COLUMNS, True, "hidden"
+        self.blocks = torch.nn.ModuleList([SasrecBlock(WIDTH, 2, WIDTH)])
+
+
+def test_an_encoder_on_the_bases_needs_no_arguments() -> None:
+    x, layout, events = tokens()
+    encoder = Own().eval()
+    assert torch.equal(encoder(x, layout, events), encoder.blocks[0](x, layout))
+    assert encoder.times(events) == (events["timestamps"], events["timestamps"])
 
 
 @pytest.mark.parametrize(("form", "option"), DROPOUT_RATES)

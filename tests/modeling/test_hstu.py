@@ -74,6 +74,15 @@ def test_causal_with_the_next_time_held_fixed() -> None:
     assert (outputs[0][4:] != outputs[1][4:]).all(0).any()
 
 
+def test_a_part_of_the_projection_copies_no_weights() -> None:
+    block, x = HSTU(8, 6, **SMALL).blocks[0], torch.randn(3, 8)
+    with torch.profiler.profile() as profile:
+        k, v = block.project(x, "kv")
+    assert not {event.key for event in profile.key_averages()} & {"aten::cat", "aten::copy_"}
+    _, whole_v, _, whole_k = block.project(x)
+    torch.testing.assert_close((k, v), (whole_k, whole_v))
+
+
 def test_attention_divides_by_the_tokens_attended_to() -> None:
     """One block whose layer norm hides no scale: with one head of equal values the output is the mean of SiLU
     weights."""

@@ -19,6 +19,7 @@ from generative_recommenders.modeling.encoders.two_tower import (
     ITEM_ID,
     EntityFeature,
     FeatureMerger,
+    ItemTower,
     ItemTowerEmbedding,
 )
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
@@ -83,6 +84,11 @@ def test_gradients_reach_gathered_rows_and_the_tower() -> None:
     assert leaf.grad.abs().amax(1).min() > 0
     assert items.table.grad is None
     assert all(p.grad is not None for p in items.tower.parameters())
+
+
+def test_a_tower_without_layers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"item_tower.num_blocks 0 must be 1 or more"):
+        ItemTower([], DIM, 0)
 
 
 def test_history_looks_up_the_id_table() -> None:

@@ -60,6 +60,26 @@ def test_items_of_a_category_share_a_row() -> None:
     assert items.table_rows(torch.tensor([1, 2, 3])).tolist() == [1, 3]
 
 
+def test_an_override_of_history_rows_alone_leaves_scored_items_as_they_are() -> None:
+    class Shifted(ItemEmbedding):
+        def history_rows(self, leaf: ItemRows) -> ItemRows:
+            return ItemRows(leaf.weight + 1.0, leaf.ids)
+
+    items, ids = Shifted(6, 3), torch.tensor([2, 5])
+    assert torch.equal(items.embed_history(ids), items.table[ids] + 1.0)
+    assert torch.equal(items.get_item_embeddings(ids), items.table[ids])
+    assert torch.equal(items.all_item_embeddings(), items.table[1:])
+
+
+def test_an_override_of_the_initial_table_gets_its_deviation() -> None:
+    class Wide(ItemEmbedding):
+        def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+            return super().initial_table(num_rows, 50 * std)
+
+    torch.manual_seed(0)
+    assert Wide(1000, 8).table.std().item() == pytest.approx(50 * 0.02 * 0.8796, rel=0.05)
+
+
 def test_catalogue_of_a_part_is_refused() -> None:
     with pytest.raises(ValueError, match="3 rows are held"):
         ItemRows(torch.zeros(3, 2), torch.tensor([1, 2, 3])).catalogue()

@@ -56,6 +56,21 @@ def test_next_times() -> None:
     assert [known[0].tolist(), known[1, :2].tolist(), known[2, 0].item()] == [[20, 35, 50], [9, 60], 70]
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_next_times_of_other_dtypes(dtype: torch.dtype) -> None:
+    times, known, lengths = torch.tensor([[10, 20, 35], [5, 9, 0]]), torch.tensor([50, 60]), torch.tensor([3, 2])
+    expected = next_times(times, lengths, known)
+    for mixed in (next_times(times.to(dtype), lengths, known), next_times(times, lengths, known.to(dtype))):
+        torch.testing.assert_close(mixed, expected, check_dtype=False)
+    assert torch.equal(next_times(times, lengths.int(), known), expected)
+
+
+def test_next_times_of_lengths_out_of_range() -> None:
+    times, known = torch.tensor([[10, 20, 35], [5, 9, 0]]), torch.tensor([50, 60])
+    found = next_times(times, torch.tensor([4, -1]), known)
+    assert found[:, :2].tolist() == [[20, 35], [9, 0]]
+
+
 def test_token_events_follow_the_layout() -> None:
     ids, events = histories()
     layout = jagged_layout(LENGTHS, ids.shape[1])

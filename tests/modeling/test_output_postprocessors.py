@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from generative_recommenders.modeling.output_postprocessors import (
     L2NormEmbeddingPostprocessor,
     LayerNormEmbeddingPostprocessor,
+    NoPostprocessor,
 )
 from generative_recommenders.ops.normalization import l2_normalize
 
@@ -17,6 +19,11 @@ def test_postprocessors_are_their_equations() -> None:
     centred = x - x.mean(-1, keepdim=True)
     torch.testing.assert_close(layer(x), centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
     assert all((each(torch.zeros(2, 8)) == 0).all() for each in (l2, layer))
+
+
+def test_options_of_none_are_refused() -> None:
+    with pytest.raises(TypeError):
+        NoPostprocessor(3, foo=1)  # type: ignore[call-arg]
 
 
 def test_l2_normalize_is_torchs() -> None:

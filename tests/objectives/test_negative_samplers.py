@@ -167,7 +167,8 @@ def test_in_batch_correction_of_a_single_item_and_of_none() -> None:
     sampler = InBatchNegativesSampler(2, PER_POSITION, log_q_correction=True, counts=torch.tensor([9]))
     negatives = sampler(KEY, 0, 3, BatchItems(torch.tensor([1])))
     torch.testing.assert_close(negatives.log_q, torch.full((3, 2), 2.0).log())
-    assert sampler(KEY, 0, 0, BatchItems(torch.zeros(0, dtype=torch.int64))).ids.shape == (0, 2)
+    for nothing in (BatchItems(torch.zeros(0, dtype=torch.int64)), None):
+        assert sampler(KEY, 0, 0, nothing).ids.shape == (0, 2)
 
 
 def test_in_batch_pool_is_the_golden_one() -> None:

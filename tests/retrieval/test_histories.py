@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tracemalloc
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.frames import SECONDS, candidate_lists, parsed_times
+from generative_recommenders.retrieval.frames import SECONDS, candidate_lists, history_frame, parsed_times
 from generative_recommenders.retrieval.histories import HistoryReader
 
 ITEMS = pa.array(["a", "b", "c"])
@@ -111,6 +112,23 @@ def test_values_that_are_none_are_refused(values: list[Any]) -> None:
     for reads in ({"needs_timestamps": True}, {}):
         with pytest.raises(UserError, match="histories: timestamp holds"):
             read("timestamp", values, **reads)
+
+
+@pytest.mark.parametrize("histories", [{}, {1: []}, {1: [], 2: []}])
+def test_items_are_text_where_there_are_no_events(histories: dict[int, list[str]]) -> None:
+    assert history_frame(histories)["item_id"].to_list() == [None] * len(histories)
+    assert history_frame(histories)["item_id"].dtype == pl.String
+
+
+def test_a_mapping_is_read_without_an_object_for_each_event() -> None:
+    histories = {user: list(range(1000)) for user in range(100)}
+    tracemalloc.start()
+    try:
+        history_frame(histories)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak / 100_000 < 48  # bytes an event: three pointers; a tuple of two would be 56 more
 
 
 def test_a_table_of_candidates_is_named_where_it_lacks_a_column() -> None:

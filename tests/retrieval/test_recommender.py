@@ -128,6 +128,16 @@ def test_candidates_of_each_user_in_any_form(rec: Recommender, caplog: pytest.Lo
         assert set(found["item_id"]) == {"i00004", "i00007"}
 
 
+def test_allowed_takes_any_list_of_candidates(rec: Recommender, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert rec.allowed({"i00004", "i00001", "what"}, warn=False).tolist() == [1, 4]
+        assert not caplog.text
+        assert rec.allowed(("i00004", "what")).tolist() == [4]
+        assert "1 candidates are not items" in caplog.text
+    with pytest.raises(UserError, match="candidates must be a list of item ids, got str"):
+        rec.allowed("i00004")
+
+
 def test_candidates_of_users_that_became_floats(rec: Recommender) -> None:
     lists = {7: ["i00004"], 8: ["i00005"]}
     floats = pd.DataFrame({"user_id": [7.0, 8.0], "item_id": ["i00004", "i00005"]})

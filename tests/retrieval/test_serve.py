@@ -287,6 +287,13 @@ def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
     assert "batch_size_bucket" in text and "request_seconds_bucket" in text
 
 
+def test_a_folder_without_a_run_ends_the_program(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, "-m", "generative_recommenders.serve", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
+
+
 @pytest.mark.parametrize(("host", "words"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "--host=no.such")])
 def test_an_address_that_is_not_free_is_told_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, words: str
@@ -310,7 +317,7 @@ def port() -> str:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["."], "is no folder of a run"), (["x" * 300], "File name too long"), ([".", "--port=0"], "from 1 to 65535")],
+    [(["x" * 300], "File name too long"), ([".", "--port=0"], "from 1 to 65535")],
 )
 def test_faults_of_the_command_report_one_line(
     capsys: pytest.CaptureFixture[str], port: str, arguments: list[str], words: str

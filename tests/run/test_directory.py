@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -165,6 +166,34 @@ def test_a_link_made_at_the_last_moment_is_not_followed(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="cannot write to run folder"):
             RunFolder.create_or_open(run, resume=True)
     assert outside.read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_half_written_file_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    with RunFolder.create_or_open(tmp_path / "run") as run:
+        for name in (".resolved.gin.writing", ".metrics.jsonl.writing"):
+            (run.path / name).symlink_to(outside)
+        assert run.save_resolved_gin("a = 1\n").read_text() == "a = 1\n"
+        run.truncate_after(0)
+    assert outside.read_text() == "precious"
+
+
+def test_a_link_made_while_the_folder_is_open_is_replaced(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    with RunFolder.create_or_open(tmp_path / "run") as run:
+        (run.path / "resolved.gin").symlink_to(outside)
+        assert run.save_resolved_gin("a = 1\n").read_text() == "a = 1\n"
+    assert outside.read_text() == "precious" and not (run.path / "resolved.gin").is_symlink()
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_not_made_again(tmp_path):
+    with RunFolder.create_or_open(tmp_path / "run") as run:
+        shutil.rmtree(run.path)
+        with pytest.raises(UserError, match="cannot write to run folder .*run: No such file"):
+            run.save_resolved_gin("a = 1\n")
+    assert not run.path.exists()
 
 
 @pytest.mark.parametrize("hours_back", [24, 200_000])

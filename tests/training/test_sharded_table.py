@@ -40,7 +40,7 @@ COMMON = {
     "train_fn.dataset_name": "tiny", "train_fn.max_sequence_length": 12, "train_fn.item_embedding_dim": 8,
     "train_fn.dropout_rate": 0.0, "sasrec_encoder.ffn_dropout_rate": 0.0, "sasrec_encoder.ffn_hidden_dim": 8,
     "hstu_encoder.dqk": 4, "hstu_encoder.dv": 4, "train_fn.num_negatives": 6, "train_fn.learning_rate": 1e-2,
-    "train_fn.eval_batch_size": 30, "train_fn.list_metrics_k": 4, "train_fn.sampling_strategy": "local",
+    "train_fn.eval_batch_size": 15, "train_fn.list_metrics_k": 4, "train_fn.sampling_strategy": "local",
 }  # fmt: skip
 ROWWISE, LAZY = {"train_fn.optimizer": "rowwise_adagrad"}, {"train_fn.optimizer": "lazy_adamw"}
 CASES: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def losses_of_steps(trainer: Trainer, count: int) -> list[float]:
 
 def measured(trainer: Trainer) -> dict[str, Any]:
     test = trainer.evaluation.test(trainer.model)
-    partial = trainer.evaluation.validation(trainer.model, max_batches=1)
+    partial = trainer.evaluation.validation(trainer.model, max_batches=3)
     return {"ranks": test.ranks, "metrics": test.all_metrics(), "partial": partial.metrics()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -167,6 +168,8 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     for name, values in settings.grid.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise UserError(f"{file}: ablation.grid[{name!r}] is {values!r}: give a list of values")
+    if max(len(named), 1) * math.prod(map(len, settings.grid.values())) > MAX_CELLS:
+        raise UserError(f"{file}: more than {MAX_CELLS} cells")
     found: dict[str, Cell] = {}
     for cell, values in itertools.product(named or [Cell("")], itertools.product(*settings.grid.values())):
         combination = [*zip(settings.grid, values)]
@@ -176,8 +179,6 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
         if name in found:
             raise UserError(f"{file}: two cells are named {name}: give ablation.cells names that differ")
         found[name] = Cell(name, cell.bindings + bound)
-        if len(found) > MAX_CELLS:
-            raise UserError(f"{file}: more than {MAX_CELLS} cells")
     if unknown := sorted(settings.seeds.keys() - found.keys()):
         raise UserError(f"{file}: ablation.seeds is of {', '.join(unknown)}, and no cell is named so")
     return [*found.values()]

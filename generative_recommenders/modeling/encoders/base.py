@@ -32,11 +32,9 @@ class BlockEncoder(torch.nn.Module):
     """
 
     causal = True
+    output_dim: int
+    activation_checkpoint: bool
     blocks: Any
-
-    def __init__(self, output_dim: int, activation_checkpoint: bool) -> None:
-        super().__init__()
-        self.output_dim, self.activation_checkpoint = output_dim, activation_checkpoint
 
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Inputs of every block beside the tokens, computed once for a batch."""
@@ -96,11 +94,9 @@ class TimedEncoder(BlockEncoder):
     knows the time of the event after it, else "hidden".
     """
 
-    def __init__(
-        self, output_dim: int, activation_checkpoint: bool, max_length: int, timed: bool, next_time: NextTime
-    ) -> None:
-        super().__init__(output_dim, activation_checkpoint)
-        self.max_length, self.timed, self.next_time = max_length, timed, next_time
+    max_length: int
+    timed: bool
+    next_time: NextTime
 
     def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
         """Times of queries and keys, or None where times are not read or the data have none."""

@@ -182,8 +182,10 @@ class DiffTransformer(BlockEncoder):
         dropout_rate: Share = 0.0,
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__(embedding_dim, activation_checkpoint)
+        super().__init__()
         check_heads(embedding_dim, num_heads)
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
         self.layers = torch.nn.ModuleList(
             DiffTransformerBlock(embedding_dim, num_heads, lambda_init_of_block(block), norm, dropout_rate)
             for block in range(num_blocks)

@@ -59,7 +59,9 @@ class FuxiBlock(torch.nn.Module):
         attn_dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_heads, self.max_length, self.attn_dropout_rate = num_heads, max_length, attn_dropout_rate
+        self.num_heads = num_heads
+        self.max_length = max_length
+        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
         self.widths = [num_heads * width for width in (CHANNELS * dv, dv, dqk, dqk)]  # of U, V, Q and K in one matrix
         self.activation = LINEAR_ACTIVATIONS[linear_activation]
         self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, sum(self.widths)).normal_(std=0.02))
@@ -159,7 +161,12 @@ class FuXi(TimedEncoder):
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__(embedding_dim, activation_checkpoint, max_length, enable_relative_time_bias, next_time)
+        super().__init__()
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
+        self.max_length = max_length
+        self.timed = enable_relative_time_bias
+        self.next_time = next_time
         hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))
         self.blocks = torch.nn.ModuleList(
             FuxiBlock(

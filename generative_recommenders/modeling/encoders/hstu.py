@@ -10,7 +10,7 @@ A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -64,8 +64,12 @@ class HstuBlock(torch.nn.Module):
         bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.max_length, self.normalization = num_heads, max_length, normalization
-        self.attn_dropout_rate, self.concat_ua, self.bias = attn_dropout_rate, concat_ua, bias
+        self.num_heads = num_heads
+        self.max_length = max_length
+        self.normalization = normalization
+        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
+        self.concat_ua = concat_ua
+        self.bias = bias
         self.activation = LINEAR_ACTIVATIONS[linear_activation]
         self.widths = {"u": num_heads * dv, "v": num_heads * dv, "q": num_heads * dqk, "k": num_heads * dqk}
         # One matrix of U, V, Q and K, as in the checkpoints of the published program.
@@ -83,13 +87,14 @@ class HstuBlock(torch.nn.Module):
 
     def project(self, x: torch.Tensor, names: str = "uvqk") -> tuple[torch.Tensor, ...]:
         """Eq. 1, or those of U, V, Q and K that are named: ``[T, H, dv]`` and ``[T, H, dqk]``."""
-        weight: torch.Tensor = self.uvqk
-        if names != "uvqk":  # no product of what is never read
-            parts = dict(zip("uvqk", weight.split([*self.widths.values()], dim=1)))
-            weight = torch.cat([parts[name] for name in names], dim=1)
-        projected = self.activation(layer_norm(x, eps=1e-6) @ weight)
-        split = projected.split([self.widths[name] for name in names], dim=-1)
-        return tuple(each.unflatten(-1, (self.num_heads, -1)) for each in split)
+        normed, widths = layer_norm(x, eps=1e-6), [*self.widths.values()]
+        parts: Sequence[torch.Tensor]
+        if names == "uvqk":
+            parts = self.activation(normed @ self.uvqk).split(widths, dim=-1)
+        else:  # no product of what is never read, and no copy of the weights
+            weights = dict(zip("uvqk", self.uvqk.split(widths, dim=1)))
+            parts = [self.activation(normed @ weights[name]) for name in names]
+        return tuple(part.unflatten(-1, (self.num_heads, -1)) for part in parts)
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, inputs: BatchInputs
@@ -109,7 +114,8 @@ class HstuBlock(torch.nn.Module):
         if scale is not None:
             attended = attended * scale[:, None, None]
         # Brings sums over few and over many tokens to one scale, which a softmax has from the start.
-        a, u = layer_norm(attended.flatten(1), eps=1e-6), u.flatten(1)
+        a = layer_norm(attended.flatten(1), eps=1e-6)
+        u = u.flatten(1)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
 
@@ -184,8 +190,12 @@ class HSTU(TimedEncoder):
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
-        timed = enable_relative_attention_bias and enable_relative_time_bias
-        super().__init__(embedding_dim, activation_checkpoint, max_length, timed, next_time)
+        super().__init__()
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
+        self.max_length = max_length
+        self.timed = enable_relative_attention_bias and enable_relative_time_bias
+        self.next_time = next_time
         self.causal = normalization == "rel_bias"
         if attn_divisor == "length" and not self.causal:
             raise ValueError('attn_divisor "length" acts with normalization "rel_bias" alone')

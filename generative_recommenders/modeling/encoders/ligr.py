@@ -111,8 +111,10 @@ class LiGR(BlockEncoder):
         dropout_rate: Share = 0.2,
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__(embedding_dim, activation_checkpoint)
+        super().__init__()
         check_heads(embedding_dim, num_heads)
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
         hidden = ffn_multiply * embedding_dim
         self.blocks = torch.nn.ModuleList(
             LigrBlock(embedding_dim, num_heads, hidden, ffn_activation_fn, ffn_bias, dropout_rate)

@@ -21,6 +21,7 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
+from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import LayerNorm
@@ -43,7 +44,8 @@ class SasrecBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        self.num_heads, self.dropout_rate = num_heads, dropout_rate
+        self.num_heads = num_heads
+        self.dropout_rate = Dropout(dropout_rate).rate
         self.activation = getattr(F, activation)
         norm = partial(torch.nn.LayerNorm, embedding_dim) if norm_weights else LayerNorm
         self.query_norm = norm(eps=1e-8)
@@ -116,7 +118,9 @@ class SASRec(BlockEncoder):
         final_norm: bool = False,
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__(embedding_dim, activation_checkpoint)
+        super().__init__()
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
             SasrecBlock(embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights)
             for _ in range(num_blocks)

@@ -63,6 +63,8 @@ class ItemTower(nn.Module):
 
     def __init__(self, specs: Sequence[EmbeddingSpec], embedding_dim: int, num_blocks: int) -> None:
         super().__init__()
+        if num_blocks < 1:
+            raise UserError(f"item_tower.num_blocks {num_blocks} must be 1 or more")
         self.embedding_dim = embedding_dim
         self.embedder = SequenceEmbedding(specs)
         self.encoder = nn.Sequential(*(SwiGLUEncoder(embedding_dim, 2 * embedding_dim) for _ in range(num_blocks)))
@@ -168,4 +170,5 @@ class FeatureMerger(nn.Module):
         users = events.get("user_ids")
         if users is None:
             users = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-        return states + torch.stack(list(self.embedder(self.features(users)).values())).sum(0)
+        embedded = self.embedder(self.features(users))
+        return states + torch.stack(list(embedded.values())).sum(0)

@@ -329,7 +329,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         # mi_loss is over the positives alone, as published.
         if not (self.training and self.mutual_information) or purpose:
             return scores, None
-        negative_entropy, pairs = (p * torch.log(p + _EPS)).sum(), p.new_full((1,), scores.numel())
+        negative_entropy = (p * torch.log(p + _EPS)).sum()
+        pairs = p.new_full((1,), scores.numel())
         return scores, torch.cat([p.sum((0, 1)), negative_entropy[None], pairs])
 
 

@@ -205,7 +205,8 @@ class LogInCE(CatalogueLoss):
         memory_bytes: PositiveInt = MEMORY_BYTES,
     ) -> None:
         super().__init__(memory_bytes)
-        self.epsilon, self.clamp_border = epsilon, clamp_border
+        self.epsilon = epsilon
+        self.clamp_border = clamp_border
 
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
         return log_in_terms(positive, weights, statistic, self.epsilon, self.clamp_border)

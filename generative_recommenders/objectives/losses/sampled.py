@@ -126,9 +126,10 @@ class SampledSoftmaxLoss(SampledLoss):
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
+        target_score = positive
         if self.label_smoothing > 0:
-            positive = smoothed(positive, negative, mask, self.label_smoothing)
-        return Terms(log_total - positive, weights)
+            target_score = smoothed(positive, negative, mask, self.label_smoothing)
+        return Terms(log_total - target_score, weights)
 
 
 @register_loss("BCELoss")
@@ -217,7 +218,8 @@ class GBCELoss(SampledLoss):
         super().__init__()
         if num_items < 2:
             raise UserError(f"gBCE needs at least 2 items, not {num_items}")
-        self.num_items, self.calibration = num_items, calibration
+        self.num_items = num_items
+        self.calibration = calibration
 
     def beta(self, num_negatives: int) -> float:
         """The exponent of the positive's probability at R negatives, in (0, 1]."""

@@ -108,7 +108,9 @@ class _GroupedDifference(torch.autograd.Function):
             d_out = queries.hide_padding(queries.gather(grad), heads)
             if kept_share < 1.0:
                 d_out.mul_(1.0 / kept_share)
-            d_qs_, d_ks_, d_v_ = [torch.empty_like(x) for x in qs_], [SumOfProducts(x) for x in ks_], SumOfProducts(v_)
+            d_qs_ = [torch.empty_like(x) for x in qs_]
+            d_ks_ = [SumOfProducts(x) for x in ks_]
+            d_v_ = SumOfProducts(v_)
             kept_of = [[next(remaining) for _ in range(5)] for _ in group_tiles]
             split = (queries.split(x, heads) for x in (*qs_, *d_qs_, d_out))
             # Last tile first, see `SumOfProducts`.

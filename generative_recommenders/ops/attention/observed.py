@@ -43,4 +43,5 @@ def observed_weights() -> Iterator[list[Observed]]:
 def observe(weights: torch.Tensor, by: str = "") -> None:
     """Shows weights ``[H, T, T]`` to the observer; by: see `Observed`."""
     for collected in _open:
-        collected.append(Observed(weights.detach().float().cpu(), by))
+        # A copy: weights may be a part of a matrix that a view would keep.
+        collected.append(Observed(weights.detach().to("cpu", torch.float32, copy=True), by))

@@ -1,6 +1,7 @@
-"""References of attention as its equations: one dense matrix ``[B, H, N, N]`` for all rows of a layout.
+"""References of attention as its equations: one dense matrix ``[B, H, n, n]`` for all rows of a layout.
 
-Of whole rectangles without dropout they are operations that an exporter understands whatever the sizes.
+n is the longest row of jagged tokens, and all columns of whole rectangles. Of those, without dropout, they are
+operations that an exporter understands whatever the sizes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from generative_recommenders.ops.attention.tiles import (
     lowest,
     plan_of,
 )
+from generative_recommenders.ops.jagged import jagged_to_padded
 from generative_recommenders.ops.layout import Layout
 
 
@@ -28,7 +30,8 @@ def softmax_attention_reference(
 ) -> torch.Tensor:
     """`ops.attention.softmax.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     with dispatch.autocast(q, None):
-        mask, logits = _mask(layout), _by_row(q, layout) @ _by_row(k, layout).mT * scale
+        mask = _mask(layout)
+        logits = _by_row(q, layout) @ _by_row(k, layout).mT * scale
         # The lowest finite number, not -inf: a token that attends to nothing is then uniform, not NaN, and set to 0.
         weights = logits.masked_fill(~mask, lowest(logits.dtype)).softmax(-1) * mask.any(-1, keepdim=True)
         return _attended(weights, q, v, layout, dropout_rate)
@@ -65,7 +68,7 @@ def table_attention_reference(v: torch.Tensor, layout: Layout, bias: TableBias) 
 def _attended(
     weights: torch.Tensor, q: torch.Tensor, v: torch.Tensor, layout: Layout, dropout_rate: float, by: str = ""
 ) -> torch.Tensor:
-    """``weights [B, H, N, N]`` after inverted dropout times the values, ``[T, H, d]``. q: has the masks' dtype. by: see
+    """``weights [B, H, n, n]`` after inverted dropout times the values, ``[T, H, d]``. q: has the masks' dtype. by: see
     `Observed`."""
     if layout.valid is None:
         observe(weights[:1].flatten(0, 1)[:, : layout.num_tokens, : layout.num_tokens], by)
@@ -80,15 +83,15 @@ def _attended(
 
 
 def _looked_up(table: torch.Tensor, indices: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
-    """``[B, 1, N, N]``, or ``[1, N, N]`` for all rows: numbers of a table by the indices of all tiles."""
+    """``[B, 1, n, n]``, or ``[1, n, n]`` for all rows: numbers of a table by the indices of all tiles."""
     if layout.valid is not None and len(indices) == 1:  # a tile of everything: an exporter's sizes are symbols
         return table[indices[0]].unsqueeze(-3)
     parts = (gathered(table, index).unsqueeze(-3) for index in indices)
-    return _joined(parts, layout, table.new_zeros(layout.num_rows, 1, layout.max_length, layout.max_length))
+    return _joined(parts, layout, table.new_zeros(layout.num_rows, 1, layout.longest, layout.longest))
 
 
 def _joined(parts: Iterable[torch.Tensor], layout: Layout, into: torch.Tensor) -> torch.Tensor:
-    """``into [B, H, N, N]`` with the cells of all tiles written in: parts ``[rows, H, queries, keys]``, one a tile."""
+    """``into [B, H, n, n]`` with the cells of all tiles written in: parts ``[rows, H, queries, keys]``, one a tile."""
     remaining = iter(parts)
     for group, tiles in plan_of(layout):
         rows = layout.row_of[group.keys.tokens.view(-1, group.width)[:, 0].long()]
@@ -98,20 +101,20 @@ def _joined(parts: Iterable[torch.Tensor], layout: Layout, into: torch.Tensor) -
 
 
 def _rectangle(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``[T, ...]`` as ``[B, N, ...]``; what lies in padding is anything."""
+    """``[T, ...]`` as ``[B, n, ...]``; what lies in padding is anything."""
     if layout.valid is None:
-        return layout.to_rectangle(x)
+        return jagged_to_padded(x, layout.offsets, layout.longest)
     return x.reshape(layout.num_rows, layout.max_length, *x.shape[1:])
 
 
 def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``[T, H, d]`` as ``[B, H, N, d]``."""
+    """``[T, H, d]`` as ``[B, H, n, d]``."""
     return _rectangle(x, layout).transpose(1, 2)
 
 
 def _mask(layout: Layout) -> torch.Tensor:
-    """bool ``[B, 1, N, N]`` or ``[N, N]``: which cells of a row (columns) each of its cells attends to."""
-    columns = torch.arange(layout.max_length, device=layout.device)
+    """bool ``[B, 1, n, n]`` or ``[n, n]``: which cells of a row (columns) each of its cells attends to."""
+    columns = torch.arange(layout.longest, device=layout.device)
     if layout.attention_mask is None:
         return columns <= columns[:, None]  # padding lies after what is real, which does not attend to it
     key, query = (_rectangle(x, layout) for x in (layout.attention_mask.key, layout.attention_mask.query))

@@ -123,13 +123,15 @@ class _BlockProducts(torch.autograd.Function):
         hidden, drawn = ctx.saved_tensors
         d_hidden, d_drawn = torch.empty_like(hidden), torch.empty_like(drawn)
         size, lead = ctx.block_size, ctx.lead
-        whole = range(lead > 0, (lead + len(hidden)) // size)  # the first block may lack tokens, and the last one
+        whole = range(1 if lead else 0, (lead + len(hidden)) // size)
         if whole:
-            span, some = slice(whole.start * size - lead, whole.stop * size - lead), slice(whole.start, whole.stop)
-            blocks = grad[span].unflatten(0, (-1, size))
-            torch.bmm(blocks, drawn[some], out=d_hidden[span].unflatten(0, (-1, size)))
-            torch.bmm(blocks.mT, hidden[span].unflatten(0, (-1, size)), out=d_drawn[some])
-        for index in set(range(len(drawn))).difference(whole):
+            blocks = slice(whole.start, whole.stop)
+            span = slice(whole.start * size - lead, whole.stop * size - lead)
+            by_block = grad[span].unflatten(0, (-1, size))
+            torch.bmm(by_block, drawn[blocks], out=d_hidden[span].unflatten(0, (-1, size)))
+            torch.bmm(by_block.mT, hidden[span].unflatten(0, (-1, size)), out=d_drawn[blocks])
+        cut = [index for index in range(len(drawn)) if index not in whole]  # the first and the last one, at most
+        for index in cut:
             span = slice(max(index * size - lead, 0), (index + 1) * size - lead)
             d_hidden[span] = grad[span] @ drawn[index]
             d_drawn[index] = grad[span].mT @ hidden[span]

@@ -165,10 +165,12 @@ def _items(dataset: SequenceDataset, counts: np.ndarray, item_ids: pa.Array, sho
     table, specs = dataset.item_features(), dataset.feature_specs("item")
     titles = [spec for spec in specs if spec.kind in ("text", "categorical")]
     title, genre = _named(titles, TITLES, "text"), _named(specs, GENRES, "categorical_list")
-    shown_title, shown_genres = pl.lit(None, pl.String), pl.lit([], pl.List(pl.String))
     columns = {"item_id": pl.Series(item_ids.take(taken)), "events": pl.Series(counts[rows])}
+    shown_title = pl.lit(None, pl.String)
     if table is not None and title is not None:
-        columns["title"], shown_title = pl.Series(table[title].take(taken)), pl.col("title").cast(pl.String)
+        columns["title"] = pl.Series(table[title].take(taken))
+        shown_title = pl.col("title").cast(pl.String)
+    shown_genres = pl.lit([], pl.List(pl.String))
     if table is not None and genre is not None:
         columns["genres"] = pl.Series(table[genre].take(taken))
         # of one where each item has one value

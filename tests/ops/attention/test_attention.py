@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from comparison import assert_same, fast_and_reference
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import groups as groups_module
+from generative_recommenders.ops.attention.observed import observed_weights
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import TableBias, group_mask, tiles
 from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
+from memory import LargestTensor
 
 DIVISOR = 11.0
 LENGTHS = [3, 0, 9, 1, 9, 6, 2]
@@ -112,6 +114,18 @@ def test_equals_its_reference_with_gradients_under_one_mask(
     layout = layout if see is None else layout.with_attention_mask(see(layout))
     inputs = tokens(layout.num_tokens)
     assert_same(*fast_and_reference(lambda: attend(*inputs, layout, rate)), inputs)
+
+
+@pytest.mark.parametrize("see", [None, bidirectional])
+@both_forms
+def test_references_are_as_wide_as_the_longest_row(attend: Attend, dense: Attend, see) -> None:
+    layout = jagged_layout(torch.tensor([8, 3]), 1024)
+    layout = layout if see is None else layout.with_attention_mask(see(layout))
+    inputs = [x.detach().float() for x in tokens(layout.num_tokens)]
+    with dispatch.references(), LargestTensor() as largest, observed_weights() as weights:
+        attend(*inputs, layout, 0.4)
+    assert largest.numel < 1024
+    assert weights[0].weights.untyped_storage().nbytes() == 4 * 2 * 8 * 8  # of the first row alone
 
 
 def random_bias(layout: Layout) -> TableBias:

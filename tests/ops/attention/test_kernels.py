@@ -22,7 +22,7 @@ from generative_recommenders.ops.normalization import layer_norm_reference
 from generative_recommenders.ops.normalization_kernels import FusedLayerNorm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LENGTHS = torch.tensor([40, 3, 0, 33], device=DEVICE)  # of one to three blocks, whole and not
+LENGTHS = torch.tensor([40, 3, 0, 33], device=DEVICE)  # of one to three narrow blocks, one or two wide ones
 LONGEST = 45
 LAYOUTS = {
     "jagged": lambda: jagged_layout(LENGTHS, LONGEST),
@@ -59,6 +59,19 @@ def test_softmax(layout: Layout, width: int) -> None:
     q, k, v = heads(layout, width, width, 7)
     theirs = softmax_attention_reference(q, k, v, layout, 0.0, 0.3)
     same(fused_attention(q, k, v, layout, Weights(True, logit_scale=0.3)), theirs, layout, [q, k, v])
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_row_of_three_wide_blocks(softmax: bool) -> None:
+    layout = jagged_layout(torch.tensor([70, 3], device=DEVICE), LONGEST + 30)
+    q, k, v = heads(layout, 40, 40, 7)
+    theirs = (
+        softmax_attention_reference(q, k, v, layout, 0.0, 0.3)
+        if softmax
+        else pointwise_attention_reference(q, k, v, layout, None, 11.0, 0.0)
+    )
+    weights = Weights(True, logit_scale=0.3) if softmax else Weights(False, divisor=11.0)
+    same(fused_attention(q, k, v, layout, weights), theirs, layout, [q, k, v])
 
 
 @every_layout
