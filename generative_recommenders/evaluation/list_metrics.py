@@ -198,7 +198,7 @@ class TopLists:
         if len(user_ids) > most:
             user_ids = user_ids[torch.arange(most) * len(user_ids) // most]
         self.compared_users = user_ids
-        self.compared = [torch.zeros(0, k + 1, dtype=torch.int64)]  # rows of a user id and that user's list
+        self.compared = torch.zeros(len(user_ids), k, dtype=torch.int64)  # users of other processes stay 0
 
     def add(
         self,
@@ -228,7 +228,7 @@ class TopLists:
         given = user_ids.contiguous()
         first, after = (torch.searchsorted(self.compared_users, given, right=right) for right in (False, True))
         rows = first < after
-        self.compared.append(torch.cat([user_ids[rows, None], ids[rows]], dim=1))
+        self.compared[first[rows]] = ids[rows]
 
     def compute(self, collectives: Collectives) -> dict[str, float]:
         """``name@k`` as of `ListMetrics.compute`, and ``diversity@k``; equal for any number of processes.
@@ -236,6 +236,5 @@ class TopLists:
         Call it once: it adds the processes' sums up in place.
         """
         self.metrics.sum_over_processes(collectives)
-        lists = collectives.gather_variable(torch.cat(self.compared))
-        lists = lists[lists[:, 0].argsort(), 1:]  # sums of floats depend on their order
+        lists = collectives.sum_(self.compared)  # in the users' order, on which sums of floats depend
         return {**self.metrics.compute(), f"diversity@{self.k}": diversity(lists)}

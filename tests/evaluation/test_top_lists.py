@@ -103,14 +103,11 @@ class Recorded(Collectives):
     def __init__(self, other: TopLists) -> None:
         super().__init__()
         metrics = other.metrics
-        self.sums = iter([metrics.sums.clone(), metrics.users.clone(), metrics.recommended.clone()])
-        self.lists = torch.cat(other.compared)
+        sums = metrics.sums, metrics.users, metrics.recommended, other.compared
+        self.sums = iter([each.clone() for each in sums])
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.add_(next(self.sums))
-
-    def gather_variable(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.lists, tensor])
 
 
 def test_two_processes_equal_one() -> None:
@@ -182,7 +179,7 @@ def test_scores_that_are_no_number_are_no_candidates() -> None:
     scores, user = torch.tensor([[torch.nan, 1.0, -torch.inf, 2.0]]), torch.tensor([7])
     lists = TopLists(3, 4, user)
     lists.add(scores, user, torch.tensor([1]), padded(torch.tensor([[4, 0]])), padded(torch.tensor([[4]])))
-    assert lists.compared[-1].tolist() == [[7, 2, 0, 0]]
+    assert lists.compared.tolist() == [[2, 0, 0]]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
