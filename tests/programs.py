@@ -71,7 +71,8 @@ def run_program(
     name of a module, as after ``python -m``. before: called in its process, to change what it may do. Training writes
     no report and draws no curves unless ``--report`` asks for it: they take longer than a small run."""
     script = str(ROOT / program) if program.endswith(".py") else program
-    command = [script, *["--noreport"] * (program == "main.py"), *arguments]
+    trains = program == "main.py" and not any(each.startswith(("--mode", "--dry_run")) for each in arguments)
+    command = [script, *["--noreport"] * trains, *arguments]
     if "--report" not in arguments:
         before = partial(without_curves, before)
     return execute(command, folder, timeout, before)

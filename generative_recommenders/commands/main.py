@@ -96,7 +96,7 @@ flags.DEFINE_bool("profile", False, "write a torch profiler trace of a few steps
 _ANSWERS, _EXPORTS = "users history top_k exclude_seen candidates", "format index"
 _OF_A_RUN = (
     "gin_config_file gin_bindings resume auto_resume max_steps dry_run profile meta_checkpoint num_processes "
-    "users_metrics compare"
+    "users_metrics compare report"
 )
 _AS_IT_IS = "it takes the run of --run_dir as it is, in one process"
 IDLE = {
@@ -105,14 +105,15 @@ IDLE = {
         "--mode=import, evaluate, predict and export read them, see --help",
     ),
     "import": (
-        f"resume auto_resume max_steps dry_run profile num_processes users_metrics compare output {_ANSWERS} "
+        f"resume auto_resume max_steps dry_run profile num_processes users_metrics compare report output {_ANSWERS} "
         f"{_EXPORTS}",
         "it makes a run in one process, and trains nothing",
     ),
     "predict": (f"{_OF_A_RUN} master_port {_EXPORTS}", _AS_IT_IS),
     "export": (f"{_OF_A_RUN} master_port {_ANSWERS}", _AS_IT_IS),
     "evaluate": (
-        f"gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint output {_ANSWERS} {_EXPORTS}",
+        f"gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint report output {_ANSWERS} "
+        f"{_EXPORTS}",
         "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it, "
         "--users_metrics=FILE keeps ranks",
     ),
@@ -123,7 +124,8 @@ IDLE = {
 def _refuse(names: str, why: str, beside: str) -> None:
     """UserError for flags of these names that are given, but could not act ``beside`` another one."""
     given = flags.FLAGS
-    if idle := [f"--{name}" for name in names.split() if given[name].value != given[name].default]:
+    changed = [name for name in names.split() if given[name].value != given[name].default]
+    if idle := [f"--no{name}" if given[name].value is False else f"--{name}" for name in changed]:
         raise UserError(f"{', '.join(idle)} cannot go with {beside}: {why}")
 
 
@@ -135,7 +137,7 @@ def run(arguments: list[str]) -> int:
         return show_list(given.list, given.plugin, Path(given.data_root))
     _refuse(*IDLE[given.mode], f"--mode={given.mode}")
     if given.dry_run:
-        idle = "num_processes max_steps profile users_metrics"
+        idle = "num_processes max_steps profile users_metrics report"
         _refuse(idle, "it trains and scores nothing, in one process", "--dry_run")
     if given.index != "exact" and given.format != "faiss":
         raise UserError(f"--index={given.index} is for --format=faiss, and this is {given.format}")
