@@ -70,7 +70,8 @@ def main() -> None:
     if not dispatch.fbgemm_runs_on(device.type):
         raise SystemExit(f"fbgemm does not run on {device.type} here: there is nothing to compare")
     results = {"x".join(map(str, shape)): measure(*shape, device, args.repeats) for shape in SHAPES}
-    records.finish({"setup": vars(args), "results": results}, args.output)
+    setup = {name: value for name, value in vars(args).items() if name != "output"}
+    records.finish({"setup": setup, "results": results}, args.output)
 
 
 if __name__ == "__main__":

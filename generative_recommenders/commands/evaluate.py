@@ -185,7 +185,7 @@ def report_is_optional(run: Path) -> Iterator[None]:
     """What fails in the block is one warning: the numbers of the run stand without its report."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # whatever a picture fails at, the trained run stands
         logging.debug("the report's fault came from here", exc_info=True)
         logging.warning("the report of %s cannot be written: %s: %s", run, type(error).__name__, first_line(error))
 

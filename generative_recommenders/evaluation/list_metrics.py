@@ -198,7 +198,7 @@ class TopLists:
         if len(user_ids) > most:
             user_ids = user_ids[torch.arange(most) * len(user_ids) // most]
         self.compared_users = user_ids
-        self.compared = torch.zeros(len(user_ids), k, dtype=torch.int64)  # users of other processes stay 0
+        self.compared = torch.zeros(len(user_ids), k, dtype=torch.int64)  # rows of other processes' users stay 0
 
     def add(
         self,

@@ -7,7 +7,9 @@ They are ``torch.save`` files of ``{"epoch", "model_state_dict", "optimizer_stat
 from __future__ import annotations
 
 import mmap
+import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -34,6 +36,11 @@ _NAMES = (
     (r"_hstu\._attention_layers\.(\d+)\._rel_attn_bias\._ts_w", r"sequence.encoder.blocks.\1.bias.time"),
 )
 _DERIVED = re.compile(r"(_hstu\.)?_attn_mask")  # buffers that follow from sizes
+_UNREADABLE = (
+    pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError,
+    AttributeError, ArithmeticError, AssertionError, MemoryError,
+)  # fmt: skip
+"""Errors that ``torch.load`` raises for files that it did not write."""
 
 
 def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.Array | None) -> None:
@@ -77,7 +84,7 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):  # about the pickle protocol of files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a dozen kinds for files that torch.save did not write
+    except _UNREADABLE as error:
         raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {first_line(error)}") from error
     state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
@@ -99,7 +106,7 @@ def _builds_more_than_it_holds(path: Path) -> str | None:
         # A few bytes of pickle make a bytearray as long as they like, and tensors need none.
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return "it builds a bytearray" if content.find(b"bytearray") >= 0 else None
-    except Exception:  # a damaged file
+    except (*_UNREADABLE, zipfile.BadZipFile):
         return None
 
 
