@@ -35,4 +35,4 @@ def train(folder: Path, steps: int = 150, make=lambda p: torch.optim.Adam(p, lr=
 
 
 if __name__ == "__main__":
-    print(train(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("tmp/synthetic-books"))[::10])
+    print(train(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("data/plain-loop/books"))[::10])
