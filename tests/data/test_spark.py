@@ -130,6 +130,25 @@ def test_bad_input_names_the_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rest", [True, False])
+def test_events_without_an_id_are_counted_over_all_files(
+    tmp_path: Path, rest: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("pyspark")
+    paths = [tmp_path / f"{number}.csv" for number in range(3)]
+    paths[0].write_text("user,item\n,i\n" + "u,j\nv,i\n" * rest)
+    paths[1].write_text("user,item\nu,\n,\n")
+    paths[2].write_text("user,item\n" + "u,k\n" * rest + "v,\n")
+    raw = RawRatings("t", paths, ReadOptions(drop_missing=True))
+    if rest:
+        assert_same(raw, tmp_path)
+    else:
+        for engine in (prepare, lambda *args: prepare_with_spark(*args, MASTER)):
+            with pytest.raises(UserError, match="every event lacks a user or an item"):
+                engine(raw, tmp_path / "out")
+    assert caplog.text.count("4 events without a user or an item are left out") == 2
+
+
 def test_bad_parquet_names_the_row(tmp_path: Path) -> None:
     pytest.importorskip("pyspark")
     path = tmp_path / "r.parquet"

@@ -49,9 +49,13 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
         scratch = folder / "spark"
         with phase("read"), _spark_faults(raw):
-            events = _read(spark, reader).persist()
+            found = _read(spark, reader).persist()
+            left_out = found.filter("user is null").agg({"_row": "sum"}).first()[0]
+            events = found.filter("user is not null")
             before = {f"{role}s": events.select(role).distinct().count() for role in ("user", "item")}
             before["events"] = events.count()
+            reader.dropped = left_out or 0
+            reader.check_missing(before["events"])
         with phase("filter and sort"), _spark_faults(raw):
             ordered, order = _order(events, raw)
             dropped = 0 if raw.duplicates == "keep" else before["events"] - ordered.count()
@@ -128,7 +132,8 @@ def _spark_faults(raw: RawRatings) -> Iterator[None]:
 
 
 def _read(spark: Any, reader: EventReader) -> Any:
-    """The reader's columns, read file by file on the workers by the reader itself, and the order of the events."""
+    """The reader's columns, read file by file on the workers by the reader itself, and the order of the events. Of a file
+    from which events were left out there is a row with their number as ``_row`` and without a user."""
     import pyspark.sql.types as T
     from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -139,7 +144,7 @@ def _read(spark: Any, reader: EventReader) -> Any:
     def events_of_files(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for number in batch.column("file").to_pylist():
-                row = 0
+                row = reader.dropped = 0
                 for table in reader.file_batches(reader.files[number]):
                     rows = np.arange(row, row + table.num_rows)
                     row += table.num_rows
@@ -148,7 +153,11 @@ def _read(spark: Any, reader: EventReader) -> Any:
                     yield from (
                         pa.Table.from_arrays([*columns, *order], names=schema.names).cast(schema).to_batches(1 << 18)
                     )
-                reader.check_missing()
+                if reader.dropped and reader.options.drop_missing:  # the driver tells how many of all files
+                    left_out = {"_file": number, "_row": reader.dropped}
+                    yield from pa.Table.from_pylist([left_out], schema=schema).to_batches()
+                else:
+                    reader.check_missing()
 
     return numbers.repartition(len(reader.files), "file").mapInArrow(events_of_files, from_arrow_schema(schema))
 

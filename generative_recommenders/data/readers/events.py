@@ -164,9 +164,7 @@ class EventReader:
             for table in self.file_batches(path):
                 kept += table.num_rows
                 yield table
-        self.check_missing()
-        if not kept:
-            raise UserError(f"{self.first.path}: every event lacks a user or an item: nothing is left to prepare")
+        self.check_missing(kept)
 
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
         """The events of one of the files, see `batches`; of an empty one beside others none, with a warning."""
@@ -202,8 +200,9 @@ class EventReader:
         if not read:
             raise EmptyFileError(path)
 
-    def check_missing(self) -> None:
-        """UserError if the files read so far have events without a user or an item, unless these are to be dropped."""
+    def check_missing(self, kept: int | None = None) -> None:
+        """UserError if the files read so far have events without a user or an item, unless these are to be dropped.
+        kept: the other events, once all files are read, of which there must be some."""
         if self.dropped and not self.options.drop_missing:
             raise UserError(
                 f"{self._first_missing}, and {self.dropped} events in all lack a user or an item; --drop_missing "
@@ -211,6 +210,8 @@ class EventReader:
             )
         if self.dropped:
             logging.warning("%d events without a user or an item are left out", self.dropped)
+        if kept == 0:
+            raise UserError(f"{self.first.path}: every event lacks a user or an item: nothing is left to prepare")
 
     def _typed(self, rows: values.Rows, frame: pl.DataFrame) -> pa.Table:
         typed: dict[str, pl.Series] = {}
