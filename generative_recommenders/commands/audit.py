@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 from matplotlib.figure import Figure
 
-from generative_recommenders.data.preparation.folder import check_file, new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file, write_text
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.statistics import (
     event_columns,
@@ -55,10 +55,8 @@ def write_audit(folder: Path, output: Path | None = None) -> str:
     if split.counts["test_users"]:
         found["order"] = dataclasses.asdict(order_dependence(dataset))
     text = "\n".join(_lines(found, statistics_lines(dataset.manifest)))
-    with new_file(paths["txt"]) as scratch:
-        scratch.write_text(text + "\n", encoding="utf-8")
-    with new_file(paths["json"]) as scratch:
-        scratch.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(paths["txt"], text + "\n")
+    write_text(paths["json"], json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     with new_file(paths["png"]) as scratch:
         _figure(found).savefig(scratch, format="png", dpi=110)
     return f"{text}\nwritten: {', '.join(map(str, paths.values()))}"

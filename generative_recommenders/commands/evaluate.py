@@ -30,7 +30,7 @@ from generative_recommenders.commands.setup import (
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.folder import check_file, new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file, write_text
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -164,8 +164,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
             "split_hash": split.hash, "bindings": list(options.bindings),
         }  # fmt: skip
         try:
-            with new_file(run / "evaluation.json") as scratch:
-                scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_text(run / "evaluation.json", json.dumps(record, indent=2) + "\n")
         except UserError as error:  # a folder that may only be read can be evaluated, too
             logging.warning("%s", error)
         write_users_metrics(options, dataset, of_model)

@@ -17,7 +17,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.commands.setup import Options
-from generative_recommenders.data.preparation.folder import check_file, new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file, write_text
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.export import (
     build_index,
@@ -74,10 +74,8 @@ def export(options: Options, form: str, output: Path | None, index: str) -> int:
         about["formats"] = before.get("formats", {}) if before.get("model") == about["model"] else {}
     about.setdefault("formats", {})[form] = write(recommender, target, form, index)
     for name, text in lists.items():
-        with new_file(folder / name) as scratch:
-            scratch.write_bytes(text.encode())
-    with new_file(folder / "export.json") as scratch:
-        scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / name, text)
+    write_text(folder / "export.json", json.dumps(about, indent=1) + "\n")
     logging.info("%s written to %s", form, folder)
     return 0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import best_validation, summary
 from generative_recommenders.config.fields import check_sizes
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import write_text
 from generative_recommenders.errors import UserError, first_line, not_installed
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class Search:
             trial = self.study.ask(self.space)
             # values of a choice are text already
             bindings = (f"{each} = {v if isinstance(v, str) else repr(v)}" for each, v in trial.params.items())
-            with new_file(self.ablation.out / name / PARAMETERS) as scratch:
-                scratch.write_text(json.dumps(trial.params) + "\n", encoding="utf-8")
+            write_text(self.ablation.out / name / PARAMETERS, json.dumps(trial.params) + "\n")
             try:
                 run = self.ablation.run(Cell(name, tuple(bindings)), self.ablation.base.schedule.random_seed)
             except UserError as error:

@@ -21,7 +21,7 @@ from generative_recommenders.commands.comparison import (
     mean_over_runs,
     user_values,
 )
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import new_file, write_text
 from generative_recommenders.evaluation.significance import bootstrap_interval, holm
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
         "pairs.tex": pairs.to_latex(index=False, escape=True),
     }
     for name, content in files.items():
-        with new_file(out / name) as scratch:
-            scratch.write_text(content, encoding="utf-8")
+        write_text(out / name, content)
     if results["cells"]:
         from matplotlib.figure import Figure
 

@@ -18,7 +18,7 @@ from generative_recommenders.commands.ablation.tables import (
     pair_table,
 )
 from generative_recommenders.commands.reproduction.results import finished_of, read_results
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import new_file, write_text
 
 TABLES = {"hstu": "HSTU", "encoders": "Encoders and objectives", "losses": "Losses", "mol": "Mixture of logits"}
 COLUMNS = ("hr@10", "ndcg@10", "mrr")
@@ -40,8 +40,7 @@ def write_page(name: str, lanes: Sequence[Ablation], results: Path, missing: Map
         own = [record for record in records if record["lane"] == lane.name]
         lines += ["", *_lane(lane, own, results / name, missing.get(lane.name))]
     text = "\n".join(lines) + "\n"
-    with new_file(results / f"{name}.md") as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    write_text(results / f"{name}.md", text)
     return text
 
 

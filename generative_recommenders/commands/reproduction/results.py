@@ -16,7 +16,7 @@ import polars as pl
 from generative_recommenders.commands.ablation.plan import Run
 from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.config.gin import ROOT
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import write_text
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.data.store import SequenceDataset
@@ -52,8 +52,7 @@ def _write(path: Path, record: Mapping[str, Any]) -> None:
     # Six digits of numbers, which is more than the data bear.
     rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in rounded.items()]
-    with new_file(path) as scratch:
-        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

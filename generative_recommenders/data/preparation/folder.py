@@ -44,6 +44,12 @@ def new_file(path: Path) -> Iterator[Path]:
         yield scratch
 
 
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """A whole UTF-8 file by `new_file`, line ends as they are. errors: how characters that UTF-8 lacks are encoded."""
+    with new_file(path) as scratch:
+        scratch.write_bytes(text.encode(errors=errors))
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A temporary name beside ``target``, which takes its place if the block succeeds. A link keeps leading there."""

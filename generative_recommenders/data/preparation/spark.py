@@ -132,8 +132,8 @@ def _spark_faults(raw: RawRatings) -> Iterator[None]:
 
 
 def _read(spark: Any, reader: EventReader) -> Any:
-    """The reader's columns, read file by file on the workers by the reader itself, and the order of the events. Of a file
-    from which events were left out there is a row with their number as ``_row`` and without a user."""
+    """The reader's columns, read file by file on the workers by the reader itself, and the order of the events. Of a
+    file from which events were left out there is a row with their number as ``_row`` and without a user."""
     import pyspark.sql.types as T
     from pyspark.sql.pandas.types import from_arrow_schema
 

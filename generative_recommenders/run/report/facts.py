@@ -24,7 +24,7 @@ import pyarrow as pa
 from generative_recommenders.config.sections import Catalogue
 from generative_recommenders.data.export import event_table
 from generative_recommenders.data.manifest import FeatureSpec
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import new_file, write_text
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import length_curve, popularity_curve, statistics_lines, timeline
 from generative_recommenders.data.store import SequenceDataset
@@ -110,8 +110,7 @@ def write_facts(
     for name, frame in (("users", table), ("items", items), ("examples", examples)):
         with new_file(folder / f"{name}.parquet") as scratch:
             frame.write_parquet(scratch)
-    with new_file(folder / "facts.json") as scratch:
-        scratch.write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(folder / "facts.json", json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def read_facts(run: Path, catalogue: Catalogue, checkpoint: str) -> Facts | None:

@@ -13,7 +13,7 @@ from absl import logging
 
 from generative_recommenders.config.gin import differences, resolved_values
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.folder import check_file, new_file
+from generative_recommenders.data.preparation.folder import check_file, write_text
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.run.model_summary import parameter_counts
@@ -57,8 +57,7 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
         "p": lambda p: f"{p:.4f}" if p >= 0.00095 else "< 0.001",
     }
     text = environment.get_template(template).render(values)
-    with new_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", errors="replace")
+    write_text(path, text, errors="replace")
     return path
 
 
