@@ -10,6 +10,7 @@ import io
 import logging as python_logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 from absl import logging
@@ -56,6 +57,16 @@ def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
 def takes_kernels(x: torch.Tensor) -> bool:
     """Whether Triton's kernels are taken for ``x``: they draw masks of their own, so not where rows are numbered."""
     return fast() and numbered_rows.current() is None and x.device.type == "cuda" and _HAS_TRITON
+
+
+def since_ampere(x: torch.Tensor) -> bool:
+    """Whether kernels may use TF32 and 99 KiB of shared memory; in Triton's interpreter, on a CPU, they may."""
+    return x.device.type == "cpu" or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def kernels_precision(x: torch.Tensor) -> Literal["tf32", "ieee"]:
+    """How kernels multiply float32: as torch's products do."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and since_ampere(x) else "ieee"
 
 
 def takes_fbgemm(x: torch.Tensor) -> bool:

@@ -193,7 +193,7 @@ class HSTU(TimedEncoder):
         super().__init__()
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
-        self.max_length = max_length
+        self.max_length, self.head_width = max_length, max(dqk, dv)
         self.timed = enable_relative_attention_bias and enable_relative_time_bias
         self.next_time = next_time
         self.causal = normalization == "rel_bias"
@@ -212,7 +212,8 @@ class HSTU(TimedEncoder):
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         bias: BatchInputs = []
         if self.blocks[0].bias is not None:
-            bias = bias_inputs(layout, self.max_length, self.times(events), whole=not self.causal)
+            times = self.times(events)
+            bias = bias_inputs(layout, self.max_length, times, whole=not self.causal, head_width=self.head_width)
         return bias, self.scale(layout)
 
     def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:

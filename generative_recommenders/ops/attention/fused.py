@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import kernels
 from generative_recommenders.ops.attention.tiles import PairBias
 from generative_recommenders.ops.layout import Layout
 
-_NARROW, _WIDE = (16, {"num_warps": 2, "num_stages": 2}), (32, {"num_warps": 4, "num_stages": 2})
-"""Queries, and keys, of a program, for heads up to 32 wide and for others; the fastest of those tried on an H200, where
-larger ones leave too few programs on a multiprocessor."""
+_PROGRAMS = (
+    (32, 16, {"num_warps": 2, "num_stages": 2}),
+    (64, 32, {"num_warps": 4, "num_stages": 2}),
+    (128, 16, {"num_warps": 4, "num_stages": 2}),
+    (256, 16, {"num_warps": 8, "num_stages": 1}),
+)
+"""For heads up to a width: queries, and keys, of a program. The first two are the fastest of those tried on an H200,
+where larger ones leave too few programs on a multiprocessor. The others keep a program within the registers and the
+99 KiB of shared memory that consumer cards have, too (`tests/ops/compiled_kernels.py`)."""
 _DIAGONALS, _QUERIES = 16, 16
 """Of a program that sums gradients of a bias."""
 
@@ -43,7 +50,8 @@ def fused_attention(
     weights: Weights,
     bias: PairBias | None = None,
 ) -> torch.Tensor:
-    """``[T, H, dv]`` attended values of a causal layout. q, k: ``[T, H, d]``, v: ``[T, H, dv]``, not float64."""
+    """``[T, H, dv]`` attended values of a causal layout. q, k: ``[T, H, d]``, v: ``[T, H, dv]``, not float64 and
+    at most 256 wide."""
     position, time, buckets = bias or (None, None, None)
     return _FusedAttention.apply(q, k, v, layout, weights, buckets, position, time)
 
@@ -107,8 +115,8 @@ def _launch(q, k, v, layout: Layout, weights: Weights, position, time) -> _Launc
     scales = weights.logit_scale, 1.0 / (weights.divisor * kept_share), weights.dropout_rate
     # 16 is the least width of a product of tiles.
     block_qk, block_v = (max(16, triton.next_power_of_2(x)) for x in (dqk, dv))
-    block, options = _NARROW if max(block_qk, block_v) <= 32 else _WIDE
-    options = options | {
+    block, sizes = next((block, sizes) for width, block, sizes in _PROGRAMS if max(block_qk, block_v) <= width)
+    options = sizes | {
         "H": heads,
         "DQK": dqk,
         "DV": dv,
@@ -118,7 +126,7 @@ def _launch(q, k, v, layout: Layout, weights: Weights, position, time) -> _Launc
         "HAS_POSITION": position is not None,
         "HAS_TIME": time is not None,
         "DROPOUT": weights.dropout_rate > 0.0,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": dispatch.kernels_precision(q),
         "BLOCK": block,
     }
     grid = triton.cdiv(layout.longest, block), heads, layout.num_rows

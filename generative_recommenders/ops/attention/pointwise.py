@@ -47,7 +47,7 @@ def pointwise_attention(
     if not dispatch.fast():
         assert not isinstance(bias, PairBias)
         return pointwise_attention_reference(q, k, v, layout, bias, divisor, dropout_rate)
-    if takes_kernel(layout) and not isinstance(bias, TableBias):
+    if takes_kernel(layout, max(q.shape[2], v.shape[2])) and not isinstance(bias, TableBias):
         from generative_recommenders.ops.attention.fused import Weights, fused_attention
 
         weights = Weights(softmax=False, divisor=divisor, dropout_rate=dropout_rate)

@@ -60,9 +60,12 @@ Times = tuple[torch.Tensor, torch.Tensor]
 """Of tokens as queries and as keys, ``[T]`` int64 seconds each."""
 
 
-def bias_inputs(layout: Layout, max_length: int, times: Times | None = None, whole: bool = False) -> BatchInputs:
-    """Computed once a batch, shared by all blocks. whole: one for each group, whatever the device."""
-    if not whole and takes_kernel(layout):
+def bias_inputs(
+    layout: Layout, max_length: int, times: Times | None = None, whole: bool = False, head_width: int = 0
+) -> BatchInputs:
+    """Computed once a batch, shared by all blocks. whole: one for each group, whatever the device. head_width: of the
+    attention that reads them, see `takes_kernel`."""
+    if not whole and takes_kernel(layout, head_width):
         if times is None:
             return PairInputs(None)
         cells = layout.starts[:, None] + torch.arange(layout.longest, device=layout.device)

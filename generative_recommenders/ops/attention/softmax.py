@@ -46,7 +46,7 @@ def softmax_attention(
     if dispatch.fast_on_cpu(q) or numbered_rows.current() is not None:
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
-    if takes_kernel(layout):
+    if takes_kernel(layout, max(q.shape[2], v.shape[2])):
         from generative_recommenders.ops.attention.fused import Weights, fused_attention
 
         return fused_attention(q, k, v, layout, Weights(softmax=True, logit_scale=scale, dropout_rate=dropout_rate))

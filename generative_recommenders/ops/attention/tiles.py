@@ -62,9 +62,14 @@ class PairBias(NamedTuple):
     buckets: torch.Tensor | None
 
 
-def takes_kernel(layout: Layout) -> bool:
-    """Whether a kernel computes the attention of all tokens at once, without tiles."""
-    return layout.attention_mask is None and dispatch.takes_kernels(layout.positions)
+def takes_kernel(layout: Layout, head_width: int) -> bool:
+    """Whether a kernel computes the attention of all tokens at once, without tiles.
+
+    head_width: the larger of d and dv; a kernel holds queries, keys and values of one head in shared memory.
+    """
+    on = layout.positions
+    fits = head_width <= 128 or (head_width <= 256 and dispatch.since_ampere(on))
+    return layout.attention_mask is None and dispatch.takes_kernels(on) and fits
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:

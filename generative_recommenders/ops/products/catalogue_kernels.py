@@ -13,11 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
+from generative_recommenders.ops import dispatch
+
 WIDEST = 128
 """The widest states and items D that the kernels take: beyond, products of kept logits are faster (measured on an
 H200)."""
-_TOKENS, _ITEMS = 64, 64
-"""Of a program's tile."""
+_TILE = {"tf32": 64, "ieee": 32}
+"""Tokens, and items, of a program's tile; more of them in exact products would not fit into registers."""
 _PROGRAMS = 1024
 """Programs that a launch is cut into, where there is so much work."""
 
@@ -127,17 +129,21 @@ class _Statistic(torch.autograd.Function):
     def forward(ctx, hidden, weight, excluded, exponential):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         places = hidden if excluded is None else excluded.contiguous()  # not read where none is excluded
+        precision = dispatch.kernels_precision(hidden)
+        tile, columns = _TILE[precision], max(16, triton.next_power_of_2(hidden.shape[1]))
         shapes = {
             "D": hidden.shape[1],
             "P": 0 if excluded is None else excluded.shape[1],
             "EXPONENTIAL": exponential,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-            "COLUMNS": max(16, triton.next_power_of_2(hidden.shape[1])),  # the least width of a product of tiles
-            "TOKENS": _TOKENS,
-            "ITEMS": _ITEMS,
+            "PRECISION": precision,
+            "COLUMNS": columns,  # 16 is the least width of a product of tiles
+            "TOKENS": tile,
+            "ITEMS": tile,
             "num_warps": 4,
+            # three of 128 columns exceed the 99 KiB of shared memory that consumer cards have
+            "num_stages": 3 if columns <= 64 else 2,
         }
-        tiles, segments, segment = _cut(len(hidden), _TOKENS, len(weight), _ITEMS)
+        tiles, segments, segment = _cut(len(hidden), len(weight), tile)
         partial = hidden.new_empty(segments, len(hidden))
         _statistics[(tiles, segments)](hidden, weight, places, partial, len(hidden), len(weight), segment, **shapes)
         statistic = partial.logsumexp(0) if exponential else partial.sum(0)
@@ -154,24 +160,23 @@ class _Statistic(torch.autograd.Function):
         inputs = hidden, weight, places, statistic.masked_fill(nothing, 0.0), grad.masked_fill(nothing, 0.0)
         d_hidden = d_weight = None
         if ctx.needs_input_grad[0]:
-            tiles, segments, segment = _cut(counts[0], _TOKENS, counts[1], _ITEMS)
+            tiles, segments, segment = _cut(counts[0], counts[1], ctx.shapes["ITEMS"])
             partial = hidden.new_empty(segments, *hidden.shape)
             _by_states[(tiles, segments)](*inputs, partial, *counts, segment, **ctx.shapes)
             d_hidden = partial.sum(0)
         if ctx.needs_input_grad[1]:
-            tiles, segments, segment = _cut(counts[1], _ITEMS, counts[0], _TOKENS)
+            tiles, segments, segment = _cut(counts[1], counts[0], ctx.shapes["TOKENS"])
             partial = weight.new_empty(segments, *weight.shape)
             _by_items[(tiles, segments)](*inputs, partial, *counts, segment, **ctx.shapes)
             d_weight = partial.sum(0) if segments > 1 else partial[0]
         return d_hidden, d_weight, None, None
 
 
-def _cut(outer: int, tile: int, inner: int, step: int) -> tuple[int, int, int]:
-    """Tiles of ``outer``, segments of ``inner``, and the length of a segment, a multiple of ``step``."""
-    tiles = triton.cdiv(outer, tile)
-    steps = triton.cdiv(inner, step)
+def _cut(outer: int, inner: int, tile: int) -> tuple[int, int, int]:
+    """Tiles of ``outer``, segments of ``inner``, and the length of a segment, a multiple of ``tile``."""
+    tiles, steps = triton.cdiv(outer, tile), triton.cdiv(inner, tile)
     each = max(triton.cdiv(steps, max(1, _PROGRAMS // tiles)), min(steps, 8))
-    return tiles, triton.cdiv(steps, each), each * step
+    return tiles, triton.cdiv(steps, each), each * tile
 
 
 def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:

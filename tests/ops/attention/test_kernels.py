@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -10,13 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 from comparison import assert_same
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.fused import Weights, fused_attention
 from generative_recommenders.ops.attention.reference import (
     pointwise_attention_reference,
     softmax_attention_reference,
 )
-from generative_recommenders.ops.attention.relative_bias import RelativeBias, bias_inputs, time_buckets
-from generative_recommenders.ops.attention.tiles import PairBias
+from generative_recommenders.ops.attention.relative_bias import PairInputs, RelativeBias, bias_inputs, time_buckets
+from generative_recommenders.ops.attention.tiles import PairBias, takes_kernel
 from generative_recommenders.ops.layout import Layout, device_layout, jagged_layout, padded_layout
 from generative_recommenders.ops.normalization import layer_norm_reference
 from generative_recommenders.ops.normalization_kernels import FusedLayerNorm
@@ -54,7 +56,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, layout: Layout, leaves: list[
 
 
 @every_layout
-@pytest.mark.parametrize("width", [5, 40])
+@pytest.mark.parametrize("width", [5, 40, 100, 200])
 def test_softmax(layout: Layout, width: int) -> None:
     q, k, v = heads(layout, width, width, 7)
     theirs = softmax_attention_reference(q, k, v, layout, 0.0, 0.3)
@@ -106,6 +108,19 @@ def test_dropout_is_that_of_the_backward_pass_too(layout: Layout, softmax: bool)
     assert (
         abs(float(layout.mask(whole.detach()).sum() / LENGTHS.sum() / 14) - 1.0) < 0.1
     )  # inverted dropout keeps the mean
+
+
+@pytest.mark.parametrize(
+    ("width", "ampere", "taken"), [(128, False, True), (129, False, False), (256, True, True), (257, True, False)]
+)
+def test_heads_that_do_not_fit_into_shared_memory_take_no_kernel(width: int, ampere: bool, taken: bool) -> None:
+    layout = jagged_layout(LENGTHS, LONGEST)
+    with (
+        mock.patch.object(dispatch, "takes_kernels", return_value=True),
+        mock.patch.object(dispatch, "since_ampere", return_value=ampere),
+    ):
+        assert takes_kernel(layout, width) == taken
+        assert isinstance(bias_inputs(layout, LONGEST, head_width=width), PairInputs) == taken
 
 
 def test_no_tokens() -> None:
