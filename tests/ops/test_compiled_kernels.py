@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 SHARED = {75: 64 << 10, 80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes of a program at most, by compute capability."""
-SPILLED = 128
+SPILLED = 1024
 """Bytes of a thread's registers that may go to memory: a kernel that does not fit spills thousands."""
 
 
