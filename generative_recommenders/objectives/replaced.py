@@ -143,7 +143,7 @@ class ReplacedObjective(MaskedItemObjective):
 
 @torch.no_grad()
 def sample_from_catalogue(hidden: Tensor, item_weight: Tensor, draws: CounterDraws, block_size: int = 65536) -> Tensor:
-    """One item id (1..V) per row, distributed as softmax(hidden . item); at most ``[P, block_size]`` is held.
+    """One item id (1..V) per row, distributed as softmax(hidden . item); four ``[P, block_size]`` are held.
 
     hidden: ``[P, D]``; item_weight: ``[V, D]``, row i is item id i + 1. The maximum of logits plus Gumbel
     noise is kept while walking over blocks of the catalogue.

@@ -2,9 +2,10 @@
 
     python tests/ops/compiled_kernels.py 89 attention:128:ieee catalogue:64:tf32
 
-An argument after the compute capability is a part, a width and a precision. Every launch of the part is compiled with
-its own arguments, biases, dropout and gradients included, and none is started. ``registers`` and ``stack`` are of a
-thread, ``stack`` the bytes that did not fit into registers; ``shared`` is the shared memory of a program.
+An argument after the compute capability is a part (attention, catalogue, rows), a width and a precision: ieee or tf32
+of float32, or bf16 for attention. Every launch is compiled, gradients included, and none is started. ``registers`` and
+``stack`` are of a thread, ``stack`` the bytes that did not fit into registers; ``shared`` is the shared memory of a
+program.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from generative_recommenders.ops.normalization_kernels import FusedLayerNorm
 from generative_recommenders.ops.products import catalogue_kernels, kernels
 
 
-def attention(width: int) -> None:
+def attention(width: int, dtype: torch.dtype) -> None:
     """Softmax, and pointwise with a bias by position and time; with dropout both."""
     layout, longest = jagged_layout(torch.tensor([40, 3, 0, 33]), 45), 40
     bias = PairBias(
@@ -42,23 +43,22 @@ def attention(width: int) -> None:
         torch.zeros(129, requires_grad=True),
         torch.zeros(4, longest, longest, dtype=torch.uint8),
     )
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (torch.zeros(layout.num_tokens, 2, width, dtype=dtype, requires_grad=True) for _ in range(3))
-        fused_attention(q, k, v, layout, Weights(True, 0.3, dropout_rate=0.1)).sum().backward()
-        fused_attention(q, k, v, layout, Weights(False, divisor=9.0, dropout_rate=0.1), bias).sum().backward()
+    q, k, v = (torch.zeros(layout.num_tokens, 2, width, dtype=dtype, requires_grad=True) for _ in range(3))
+    fused_attention(q, k, v, layout, Weights(True, 0.3, dropout_rate=0.1)).sum().backward()
+    fused_attention(q, k, v, layout, Weights(False, divisor=9.0, dropout_rate=0.1), bias).sum().backward()
 
 
-def catalogue(width: int) -> None:
-    """Both statistics, with an excluded item and without."""
-    hidden, weight = (torch.zeros(rows, width, requires_grad=True) for rows in (100, 700))
-    for excluded in (None, torch.zeros(100, 1, dtype=torch.int64)):
-        for exponential in (True, False):
-            catalogue_kernels.statistic(hidden, weight, excluded, exponential).sum().backward()
+def catalogue(width: int, dtype: torch.dtype) -> None:
+    """One statistic with an excluded item, the other without."""
+    hidden, weight = (torch.zeros(rows, width, dtype=dtype, requires_grad=True) for rows in (100, 700))
+    catalogue_kernels.statistic(hidden, weight, torch.zeros(100, 1, dtype=torch.int64), True).sum().backward()
+    catalogue_kernels.statistic(hidden, weight, None, False).sum().backward()
 
 
-def rows(width: int) -> None:
+def rows(width: int, dtype: torch.dtype) -> None:
     """Products with sampled rows, their sums, and layer norm."""
-    hidden, weight, draws = torch.zeros(9, width), torch.zeros(50, width), torch.zeros(9, 128, dtype=torch.int64)
+    hidden, weight = (torch.zeros(count, width, dtype=dtype) for count in (9, 50))
+    draws = torch.zeros(9, 128, dtype=torch.int64)
     grad = kernels.products(hidden, weight, draws)
     kernels.sums_of_rows(weight, draws, grad)
     kernels.sums_of_tokens(hidden, grad, *bags_of_rows(draws.flatten(), len(weight)))
@@ -89,8 +89,8 @@ def main() -> None:
 
     def compiled(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        chosen = [f"{name}={options[name]}" for name in ("SOFTMAX", "EXPONENTIAL", "P") if name in options]
-        name = " ".join([f"{part}:{width}:{precision}", self.__name__, str(args[0].dtype), *chosen])
+        chosen = [f"{name}={options[name]}" for name in ("SOFTMAX", "EXPONENTIAL") if name in options]
+        name = " ".join([f"{part}:{width}:{precision}", self.__name__, *chosen])
         found[name] = resources(kernel)
         return kernel
 
@@ -100,7 +100,8 @@ def main() -> None:
     ):
         for part, width, precision in launches:
             torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-            {"attention": attention, "catalogue": catalogue, "rows": rows}[part](int(width))
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            {"attention": attention, "catalogue": catalogue, "rows": rows}[part](int(width), dtype)
     print(json.dumps(found, indent=1))
 
 

@@ -25,6 +25,7 @@ EVERY = [
         for width in (25, 64, 128)
         for how in ("ieee", "tf32")
     ),
+    *(f"attention:{width}:bf16" for width in (25, 64, 128)),
     *(f"rows:{width}:ieee" for width in (64, 256, 1024)),
 ]
 WIDEST = ["attention:256:ieee", "attention:256:tf32"]
