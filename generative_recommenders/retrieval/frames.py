@@ -70,7 +70,7 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
         own = frame["user_id"]
         if own.dtype == pl.String and own.n_unique() < len(lists):
             raise UserError(f"{what}: user_id has the same text twice, as 7 and '7'; give each user once")
-        if own.null_count() and None not in lists:
+        if any(isinstance(user, int) and user.bit_length() > 64 for user in lists):  # polars makes them null or floats
             raise _large_ids(what)
     else:
         frame = as_frame(histories, what)
