@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -45,11 +46,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The meta device taken for a GPU; names of the kernels, none of which is started."""
     names: list[str] = []
 
-    def launch(self, *args, grid, warmup, **options):
-        names.append(self.fn.__name__)
+    def launch(kernel, *args, **options):
+        names.append(kernel.fn.__name__)
         assert {x.device for x in args if isinstance(x, torch.Tensor)} == {META}
 
-    monkeypatch.setattr(type(kernels.forward), "run", launch)
+    monkeypatch.setattr(type(kernels.forward), "__getitem__", lambda kernel, grid: partial(launch, kernel))
     monkeypatch.setattr(dispatch, "takes_kernels", lambda x: dispatch.fast())
     monkeypatch.setattr(dispatch, "since_ampere", lambda x: True)
     monkeypatch.setattr(dispatch, "takes_fbgemm", lambda x: False)

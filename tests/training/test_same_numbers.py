@@ -237,7 +237,8 @@ def test_losses_are_those_of_one_process(measured: Measured, world: int, case: s
     assert all(each["weights"] == all_of[0]["weights"] for each in all_of)
     assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
     assert len(set(alone["losses"])) == STEPS
-    if "objective" not in CASES[case]:  # what is hidden differs from step to step, and so does the loss
+    # what is hidden or dropped differs from step to step, and so does the loss
+    if "objective" not in CASES[case] and "dropout" not in case:
         assert sum(alone["losses"][-5:]) < sum(alone["losses"][:5])  # the weights did move
 
 
