@@ -68,8 +68,9 @@ def takes_kernel(layout: Layout, head_width: int) -> bool:
     head_width: the larger of d and dv; a kernel holds queries, keys and values of one head in shared memory.
     """
     on = layout.positions
-    fits = head_width <= 128 or (head_width <= 256 and dispatch.since_ampere(on))
-    return layout.attention_mask is None and dispatch.takes_kernels(on) and fits
+    if layout.attention_mask is not None or not dispatch.takes_kernels(on):
+        return False
+    return head_width <= 128 or (head_width <= 256 and dispatch.since_ampere(on))
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:
