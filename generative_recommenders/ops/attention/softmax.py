@@ -1,7 +1,7 @@
 """Softmax attention (arXiv 1706.03762) over the groups of a layout.
 
-On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA causal attention is a
-kernel of `ops.attention.kernels`; any other, and all of it without Triton, goes through
+On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA causal attention of
+heads up to 256 wide is a kernel of `ops.attention.kernels`; any other, and all of it without Triton, goes through
 `torch.nn.functional.scaled_dot_product_attention`.
 """
 
