@@ -166,7 +166,9 @@ def final_record(trainer: Trainer, folder: Path, options: Options) -> dict[str, 
     if options.users_metrics or (options.report and not (folder / "report.html").exists()):
         return None
     last = next(iter(read_records(folder / "metrics.jsonl")[::-1]), {})
-    return last if last.get("part") == "final" and last.get("step") == progress.step else None
+    # Releases before 0.2.0 kept no conditions: their runs are scored again.
+    whole = last.get("part") == "final" and "conditions" in last
+    return last if whole and last.get("step") == progress.step else None
 
 
 def finish(

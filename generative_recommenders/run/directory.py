@@ -140,7 +140,7 @@ class RunFolder:
 
     def truncate_after(self, step: int, epoch: int | None = None) -> None:
         """Removes what was recorded after ``step``: lines of metrics.jsonl, and TensorBoard events by its
-        purge step. Final results are removed too: a resumed run writes them anew.
+        purge step. Final results and their report.html are removed too: a resumed run writes them anew.
 
         epoch: the one (from 0) that the checkpoint is in, whose record is still to come: one that was written
         at this very step is removed too. Call it before anything is written.
@@ -151,6 +151,7 @@ class RunFolder:
         # A run of release 0.1.0 is resumed under today's names of its metrics.
         text = b"".join(line for line, _ in kept).decode().replace('"liked_', '"high_rated_')
         self._write(self.metrics_path.name, text)
+        (self.path / "report.html").unlink(missing_ok=True)
         self._metrics = _open_lines(self.metrics_path)
         # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it.
         # Where the clock was put back, or the next file could get the same second, all get small numbers in their

@@ -81,6 +81,17 @@ def test_old_run_trains_on(run_dir: Path) -> None:
     assert "test, full catalogue" in result.stdout
 
 
+@pytest.mark.parametrize("run_dir", RUNS[:1], indirect=True)
+def test_an_old_finished_run_is_scored_anew_by_a_resume(run_dir: Path) -> None:
+    (run_dir / "report.html").write_text("of another run")
+    result = run_program(
+        "main.py", "--resume", "--noreport", f"--run_dir={run_dir}", f"--data_root={run_dir.parents[1] / 'data'}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "test, full catalogue" in result.stdout
+    assert not (run_dir / "report.html").exists()
+
+
 def test_old_prepared_folder_opens_and_is_what_its_file_is_prepared_into_today(tmp_path: Path) -> None:
     old = SequenceDataset.open(RELEASE / "prepared" / "readers")
     old.verify()

@@ -25,7 +25,7 @@ from generative_recommenders.run.report import breakdown, pictures
 from generative_recommenders.run.report.answers import AttentionMap, layer_weights
 from generative_recommenders.run.report.facts import read_facts, write_facts
 from generative_recommenders.run.report.page import _names, write_report
-from generative_recommenders.run.report.records import conditions, read_run
+from generative_recommenders.run.report.records import conditions, read_records, read_run
 from generative_recommenders.run.summary import COLUMNS
 from programs import run_program
 from recommender_runs import CHOICES, make_run
@@ -244,6 +244,33 @@ def test_damaged_facts_report_one_line_error(root: Path, tmp_path: Path, capsys:
     (run / "report" / "users.parquet").write_bytes(b"PAR1")
     assert report([str(run)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": "x"}, {"seconds": None}, {"spent": None}, {"spent": {"test": "x"}}, {"environment": 3},
+        {"peak_rss_mb": [1]}, {"results": None}, {"results": {"HSTU": 3}}, {"conditions": 3}, {"list_metrics": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_final_record_that_was_edited_by_hand_is_passed_over(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: dict[str, object]
+) -> None:
+    records = read_records(root / "one" / "metrics.jsonl")
+    run = shutil.copytree(root / "one", tmp_path / "run")
+    edited = [*records[:-1], {**records[-1], **changed}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in edited))
+    assert read_run(run).final == {} and records[-1]["part"] == "final"
+    assert f"record {len(records)} is not as a run writes it" in caplog.text
+
+
+def test_a_page_is_made_without_the_records_that_are_damaged(root: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(root / "one", tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    edited = [{**record, "seconds": "x"} for record in records]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in edited))
+    assert report([str(run)]) == 0
 
 
 def test_a_fault_of_the_report_costs_no_run(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.config.schema import RunSettings
@@ -72,14 +73,37 @@ def read_records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     """The objects of a file of JSON, one a line or one alone; damaged ones are passed over."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in [text] if whole else text.splitlines():
+    for number, line in enumerate([text] if whole else text.splitlines(), start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict):
+        if _as_written(record):
             found.append(record)
+        else:
+            logging.warning("%s: record %d is not as a run writes it, and is passed over", path, number)
     return found
+
+
+def _as_written(record: Any) -> bool:
+    """Whether a record has the types that a run writes, which one that was edited by hand may not have."""
+    if not isinstance(record, dict) or (record.get("part") == "final" and not record.keys() >= {"model", "results"}):
+        return False
+    rows = record.get("results", {})
+    return (
+        isinstance(rows, dict)
+        and all(map(_of_numbers, [*rows.values(), *(record.get(name, {}) for name in ("spent", "list_metrics"))]))
+        and isinstance(record.get("environment", {}), dict)
+        and all(isinstance(record.get(name, ""), str) for name in ("model", "conditions"))
+        and _of_numbers({name: value for name, value in record.items() if name in _NUMBERS or "@" in name})
+    )
+
+
+def _of_numbers(table: Any) -> bool:
+    return isinstance(table, dict) and all(isinstance(each, (int, float)) for each in table.values())
+
+
+_NUMBERS = {"step", "epoch", "seconds", "train_loss", "mrr", "num_items", "peak_rss_mb", "peak_gpu_mb"}
 
 
 PROTOCOLS = {
