@@ -148,11 +148,15 @@ class _PredictionCallback(Callback):
     def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         """What to keep of a batch, one row per query."""
 
-    def collected(self) -> tuple[torch.Tensor, ...]:
-        """The parts of all batches; UserError before the first prediction."""
+    def predicted(self) -> list[tuple[torch.Tensor, ...]]:
+        """The parts of each batch; UserError before the first prediction."""
         if not self._parts:
             raise UserError(f"{type(self).__name__}: nothing was predicted yet: call Trainer.predict first")
-        return tuple(torch.cat(each) for each in zip(*self._parts))
+        return self._parts
+
+    def collected(self) -> tuple[torch.Tensor, ...]:
+        """The parts of all batches, each as one tensor."""
+        return tuple(torch.cat(each) for each in zip(*self.predicted()))
 
 
 class TopItemsCallback(_PredictionCallback):
@@ -186,11 +190,12 @@ class TopItemsCallback(_PredictionCallback):
 
     def columns(self) -> dict[str, Any]:
         """One row per recommended item, as numpy arrays by name."""
-        items, scores, queries = self.collected()
-        kept = scores.flatten() != -torch.inf
-        flat = (queries.repeat_interleave(items.shape[1]), items.flatten(), scores.flatten())
+        rows = []
+        for items, scores, queries in self.predicted():  # batches with few candidates have fewer columns
+            flat = (queries.repeat_interleave(items.shape[1]), items.flatten(), scores.flatten())
+            rows.append([values[scores.flatten() != -torch.inf] for values in flat])
         names = (self.query_column, self.item_column, self.rating_column)
-        return {name: values[kept].numpy() for name, values in zip(names, flat)}
+        return {name: torch.cat(values).numpy() for name, values in zip(names, zip(*rows))}
 
     @abstractmethod
     def get_result(self) -> Any:

@@ -342,6 +342,16 @@ def test_a_later_batch_may_list_a_candidate_with_a_larger_id(tmp_path: Path) -> 
     assert measured["recall@1"] == 0.5
 
 
+def test_a_batch_may_have_fewer_candidates_than_are_asked_for(tmp_path: Path) -> None:
+    batches = [
+        {"scores": torch.tensor([[0.5, 2.0, 1.0]]), "user": torch.tensor([8])},
+        {"scores": torch.tensor([[4.0]]), "candidates_to_score": torch.tensor([7]), "user": torch.tensor([9])},
+    ]
+    top = PandasTopItemsCallback(2, "user", "item")
+    trainer(tmp_path, top).predict(LightningModule(Given()), loader(batches))
+    assert top.get_result().to_dict("list") == {"user": [8, 8, 9], "item": [1, 2, 7], "rating": [2.0, 1.0, 4.0]}
+
+
 def test_half_precision_scores_are_shown(tmp_path: Path) -> None:
     batches = [{"scores": torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.bfloat16), "user": torch.tensor([8])}]
     pandas, polars_ = (kind(2, "user", "item") for kind in (PandasTopItemsCallback, PolarsTopItemsCallback))

@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,16 @@ def test_a_script_runs_by_the_command_that_it_names() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_was_executed_and_runs_again(path: Path) -> None:
+def test_a_notebook_was_executed_and_runs_again(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     assert any(out["output_type"] == "display_data" for out in cells[-1]["outputs"])
     assert not any(out["output_type"] == "error" for cell in cells for out in cell["outputs"])
     assert path.stat().st_size < 150_000
     mpl.use("Agg")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where notebooks make their folders
     try:
         exec("\n".join("".join(cell["source"]) for cell in cells), {"__name__": path.stem})
     finally:
