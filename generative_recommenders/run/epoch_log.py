@@ -70,7 +70,10 @@ class EpochLog(Recorder):
     def epoch(self, step: int, record: Mapping[str, Any]) -> None:
         """record: epoch (from 0), train_loss, seconds, full, and the metrics; of some ``.._standard_error``."""
         # The whole run's time, at the speed since it began: evaluations and checkpoints included.
-        seconds_a_step = (perf_counter() - self.began) / max(step - self.first_step, 1)
+        seconds, steps = perf_counter() - self.began, step - self.first_step
+        if not steps:  # resumed at the end of an epoch, in its evaluation
+            seconds, steps = record["seconds"], max(step, 1)
+        seconds_a_step = seconds / steps
         left = tqdm.format_interval(seconds_a_step * max(self.last_step - step, 0))
         errors = {name: record.get(f"{name}_standard_error") for name in COLUMNS}
         shown = " ".join(
