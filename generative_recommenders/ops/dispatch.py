@@ -79,7 +79,8 @@ def fbgemm_fault(device_type: str) -> str | None:
     """Why fbgemm cannot be used on such a device; None where it can."""
     if importlib.util.find_spec("fbgemm_gpu") is None:
         return "it is not installed"
-    before = python_logging.root.manager.disable
+    root = python_logging.root
+    before, handlers = root.manager.disable, root.handlers[:]
     python_logging.disable(python_logging.CRITICAL)  # an import that fails prints and logs pages
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -90,6 +91,7 @@ def fbgemm_fault(device_type: str) -> str | None:
         return first_line(error)
     finally:
         python_logging.disable(before)
+        root.handlers[:] = handlers  # a first log sets logging up, here to write where nobody reads
     return None
 
 

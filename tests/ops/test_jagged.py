@@ -126,3 +126,12 @@ def test_a_broken_fbgemm_is_named_in_one_warning(
     assert torch.__version__ in message and str(fault).splitlines()[0] in message and "\n" not in message
     assert "more of it" not in capfd.readouterr().err
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_an_import_that_logs_first_does_not_take_the_process_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python process that has not set logging up: its warnings must not end in the output that is thrown away."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: logging.info("imported"))
+    dispatch.fbgemm_fault("cpu")
+    assert logging.root.handlers == []
