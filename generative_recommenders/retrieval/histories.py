@@ -108,12 +108,13 @@ class HistoryReader:
         """
         frame = history_frame(histories, [*self.needed_columns, "timestamp"])
         missing = [name for name in self.needed_columns if name not in frame.columns]
-        if missing:
+        if missing and frame["item_id"].is_not_null().any():
             columns = ", ".join(["user_id", "item_id", *self.needed_columns])
             raise UserError(
                 f"the model reads {' and '.join(missing)} of each event, and the histories have no such column: give a "
                 f"table of {columns}, or to append {missing[0]}=..."
             )
+        frame = frame.with_columns(pl.lit(None).alias(name) for name in missing)  # of histories without events
         numeric = frame["item_id"].dtype.is_integer()
         values = [pl.Series("_item", self.internal(frame["item_id"]))]
         values += [_event_column(frame[each["name"]], each) for each in self.event_columns]

@@ -252,10 +252,6 @@ class Recommender:
 
     def _extend(self, session: Session, events: pl.DataFrame) -> Session:
         frame = events.with_columns(pl.lit("" if session.user is None else session.user).alias("user_id"))
-        empty = frame["item_id"].null_count() == len(frame)
-        if empty:  # the reader asks for no columns of a history without events
-            names = ["rating", "timestamp", *(each["name"] for each in self.reader.event_columns)]
-            frame = frame.with_columns(pl.lit(None).alias(name) for name in names if name not in frame.columns)
         (histories,) = self.reader.read(frame, None, 1, keep_empty=True)
         session.add(histories)
         return session

@@ -120,6 +120,22 @@ def test_items_are_text_where_there_are_no_events(histories: dict[int, list[str]
     assert history_frame(histories)["item_id"].dtype == pl.String
 
 
+def test_users_without_events_need_no_columns() -> None:
+    columns = [
+        {"name": "shelf", "kind": "categorical", "categories": ["x"]},
+        {"name": "price", "kind": "numerical", "mean": 1.0, "std": 2.0},
+        {"name": "sent", "kind": "time"},
+    ]
+    reader = HistoryReader(
+        ITEMS, None, 3, 3, needs_ratings=True, needs_timestamps=True, uses_next_time=True, event_columns=columns
+    )
+    (histories,) = reader.read({"new": [], "other": []}, None, 9, keep_empty=True)
+    assert histories.users == ["new", "other"]
+    assert histories.batch["lengths"].tolist() == [0, 0]
+    with pytest.raises(UserError, match="the model reads rating and timestamp and shelf"):
+        next(reader.read({"new": [], "other": ["a"]}, None, 9, keep_empty=True))
+
+
 def test_a_mapping_is_read_without_an_object_for_each_event() -> None:
     histories = {user: list(range(1000)) for user in range(100)}
     tracemalloc.start()
