@@ -67,8 +67,8 @@ def export(options: Options, form: str, output: Path | None, index: str) -> int:
         "max_length": recommender.reader.max_length,
         "score": f"states @ item_embeddings.T / {temperature}" if plain_products(recommender) else "no product",
     }
-    if columns := recommender.facts.get("event_columns"):  # categories by number, means and deviations
-        about["event_columns"] = columns
+    # categories by number, means and deviations; where items were added since, how many a history may have
+    about |= {name: of for name in ("event_columns", "trained_items") if (of := recommender.facts.get(name))}
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none yet, or it is not ours
         before = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         about["formats"] = before.get("formats", {}) if before.get("model") == about["model"] else {}

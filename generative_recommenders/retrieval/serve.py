@@ -112,16 +112,16 @@ def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str
     """Columns of a request's events, or of one missing event. Times become datetimes here, since other requests' times
     may be in other units. UserError for a missing column or a value that the model cannot read."""
     missing = [name for name in reader.needed_columns if name not in request.columns]
-    if missing:
+    if missing and request.history:
         raise UserError(f"columns: the model reads {' and '.join(missing)} of each event")
     for name in reader.number_columns:
-        for value in request.columns[name]:
+        for value in request.columns.get(name, ()):
             if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER):
                 raise UserError(f"columns: {name} {value!r} is not a number that the model reads")
     times = {"timestamp", *(each["name"] for each in reader.event_columns if each["kind"] == "time")}
     columns = {}
     for name in reader.needed_columns:
-        values = request.columns[name] or [None]
+        values = request.columns.get(name) or [None]
         # not strict: categories come as texts and as numbers
         column = pl.Series(name, values, pl.Float64 if name in reader.number_columns else pl.String, strict=False)
         if name in times:

@@ -116,11 +116,12 @@ def test_what_an_export_needs_beside_the_vectors_is_written(tmp_path: Path) -> N
     run, _, _ = make_run(tmp_path, dataset, MOL)
     rec = Recommender.load(run)
     rec.facts["event_columns"] = [{"name": "shelf", "kind": "categorical", "categories": ["a", "b"]}]
+    rec.facts["trained_items"] = 50  # as `add_items` leaves it
     rec.save(tmp_path / "with columns")
     write(of_run(tmp_path / "with columns"), "safetensors", tmp_path / "out", "exact")
     assert (tmp_path / "out" / "user_ids.txt").read_text().splitlines() == dataset.original_user_ids().to_pylist()
     about = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert about["event_columns"] == rec.facts["event_columns"]
+    assert about["event_columns"] == rec.facts["event_columns"] and about["trained_items"] == 50
 
 
 def test_an_id_that_holds_the_end_of_a_line_is_refused(run: Path, tmp_path: Path) -> None:

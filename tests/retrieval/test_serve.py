@@ -74,16 +74,18 @@ def test_missing_columns_that_the_model_reads_are_refused(tmp_path: Path) -> Non
     dataset = tiny_dataset(tmp_path / "data", ragged_sequences(57, 30, seed=5))
     rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
     columns = {"timestamp": [5000, 9000]}
-    missing, good, bad, later = answer(
+    missing, newcomer, good, bad, later = answer(
         rec,
         [
             RecommendRequest(history=["i00003"]),
+            RecommendRequest(history=[], popular=True),
             RecommendRequest(history=["i00003", "i00004"], columns=columns),
             RecommendRequest(history=["i00003", "i00004"], columns=columns, exclude_seen=False, candidates=[]),
             RecommendRequest(history=["i00003", "i00004"], columns=columns, at=10**7),
         ],
     )
     assert isinstance(missing, UserError) and "timestamp" in str(missing)
+    assert [each["item_id"] for each in newcomer] == rec.recommend({"new": []}, fallback="popular")["item_id"].tolist()
     assert bad == [] and len(good) == 10
     assert good != later
 
