@@ -216,26 +216,28 @@ class EventReader:
     def _typed(self, rows: values.Rows, frame: pl.DataFrame) -> pa.Table:
         typed: dict[str, pl.Series] = {}
         missing = pl.repeat(False, len(frame), eager=True)
-        for column in self.columns:
+        ids, others = self.columns[:2], self.columns[2:]
+        for column in ids:
             raw = frame[column.name]
-            if column.kind == "id":
-                typed[column.name], absent = values.ids(raw, column.name, rows)
-                missing |= absent
-                if not self._first_missing and (at := values.first_true(absent)) is not None:
-                    self._first_missing = str(rows.fault(at, column.name, raw[at], "is missing"))
-            elif column.kind == "numerical":
+            typed[column.name], absent = values.ids(raw, column.name, rows)
+            missing |= absent
+            if not self._first_missing and (at := values.first_true(absent)) is not None:
+                self._first_missing = str(rows.fault(at, column.name, raw[at], "is missing"))
+        if count := int(missing.sum()):  # nothing else in such a row is a fault: it may be empty
+            self.dropped += count
+            kept, place_of = missing.not_().arg_true(), rows.place_of
+            typed = {name: each.gather(kept) for name, each in typed.items()}
+            frame, rows = frame[kept], values.Rows(rows.file, lambda row: place_of(int(kept[row])))
+        for column in others:
+            raw = frame[column.name]
+            if column.kind == "numerical":
                 typed[column.name] = values.numbers(raw, column.name, rows, optional=column.name != "rating")
             elif column.kind == "time":
                 form = self.time_formats[column.name]
                 typed[column.name] = values.times(raw, column.name, form, rows, optional=column.name != "timestamp")
             else:
                 typed[column.name] = values.categories(raw, column.name, rows)
-        table = pl.DataFrame([each.alias(name) for name, each in typed.items()])
-        count = int(missing.sum())
-        if count:
-            self.dropped += count
-            table = table.filter(~missing)
-        return table.to_arrow().cast(self.schema)
+        return pl.DataFrame([each.alias(name) for name, each in typed.items()]).to_arrow().cast(self.schema)
 
     @property
     def kinds(self) -> dict[str, str]:

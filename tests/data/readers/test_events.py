@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ def test_missing_ids_are_refused_with_their_number_or_dropped(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert read(path, drop_missing=True)["user"] == ["7"]
     assert "2 events" in caplog.text
+
+
+@pytest.mark.parametrize("row", [",,,", "  ,i1,,", ",i1,noon,", "u,,5,much"])
+def test_nothing_else_of_a_row_without_a_user_or_an_item_is_a_fault(row: str, tmp_path: Path) -> None:
+    lines = ["user,item,timestamp,price", "u,i1,1,2", row, "u,i2,3,4"]
+    path = write(tmp_path, "\n".join(lines))
+    columns = "user,item,timestamp,price:numerical"
+    assert re.search("line 3: the (user|item) .*is missing, and 1 events", refused(path, columns))
+    assert read(path, columns, drop_missing=True)["price"] == [2, 4]
+    path = write(tmp_path, "\n".join([*lines, "u,i3,noon,6"]))  # places are still those of the file
+    assert "line 5: the timestamp 'noon'" in refused(path, columns, drop_missing=True)
 
 
 def test_nothing_left_after_dropping_reports_one_line_error(tmp_path: Path) -> None:
