@@ -134,7 +134,10 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     on_main(collectives, lambda: check_users_metrics(options))
     opened, other = open_run(options, collectives), None
     if options.compare:
-        other = open_run(dataclasses.replace(options, run_dir=options.compare), collectives)
+        try:
+            other = open_run(dataclasses.replace(options, run_dir=options.compare), collectives)
+        except UserError as error:  # which speaks of this run
+            raise UserError(f"--compare={options.compare}: {error}") from error
         check_comparable(opened, other)
     try:
         evaluation, test = score_run(opened, collectives)

@@ -95,6 +95,9 @@ def test_runs_over_other_candidates_are_not_compared(tmp_path: Path, capsys: pyt
     for other, line in zip(runs[1:], ("ranks 13 items, .* 12, not all", "seen filter 'history', .* 'none'")):
         with pytest.raises(UserError, match=line):
             evaluate.evaluate_worker(0, 1, Options((), (), tmp_path, str(runs[0]), compare=str(other)))
+    tiny_dataset(tmp_path / "b", ragged_sequences(20, 13, seed=2))
+    with pytest.raises(UserError, match=f"--compare={runs[1]}: the prepared data changed since this run began"):
+        evaluate.evaluate_worker(0, 1, Options((), (), tmp_path, str(runs[0]), compare=str(runs[1])))
     assert not capsys.readouterr().out, "told before the runs are scored"
 
 
