@@ -149,6 +149,9 @@ def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp
     (tmp_path / "recs.csv").mkdir()
     with pytest.raises(UserError, match="--output=.*not the name of a file"):
         predict(Options((), (), tmp_path, str(tmp_path)), "all", "all", 5, False, None, tmp_path / "recs.csv")
+    (tmp_path / "run.lock").touch()  # of a run, whose records are no place for an answer
+    with pytest.raises(UserError, match="--output=.*keeps its records there"):
+        predict(Options((), (), tmp_path, str(tmp_path)), "all", "all", 5, False, None, tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,9 @@ def test_damaged_facts_report_one_line_error(root: Path, tmp_path: Path, capsys:
     (run / "report" / "users.parquet").write_bytes(b"PAR1")
     assert report([str(run)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    (run / "report" / "facts.json").write_text("[]")
+    assert report([str(run)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ def check_file(path: str | Path, flag: str = "") -> None:
             raise UserError(f"{where}: not the name of a file; name the file to write")
         if path.exists() and not path.is_file():
             raise UserError(f"{where}: a device or a pipe, whose place no file may take; name the file to write")
+        if path.name == "metrics.jsonl" and (path.parent / "run.lock").exists():
+            raise UserError(f"{where}: the run of that folder keeps its records there; name another file")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():
             raise UserError(f"{where}: {parent} is not a folder; name a file elsewhere")

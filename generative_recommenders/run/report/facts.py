@@ -129,7 +129,7 @@ def read_facts(run: Path, catalogue: Catalogue, checkpoint: str) -> Facts | None
         data, counts = {**facts["data"], "users_tested": facts["users_tested"]}, facts["data"]["counts"]
         num_items = counts["items"] + (counts.get("unrated_items", 0) if catalogue == "all" else 0)
         return Facts(data, users, items, examples, facts["examples"], num_items)
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
         raise UserError(
             f"{folder} cannot be read: {type(error).__name__}: {first_line(error)}; write it again by --mode=evaluate"
         ) from error
