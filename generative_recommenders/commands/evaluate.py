@@ -90,6 +90,13 @@ def open_run(options: Options, collectives: Collectives) -> OpenedRun:
             raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
 
     on_main(collectives, check_data)
+    if collectives.is_main and saved.data.protocol != settings.data.protocol:
+        stops = make_split(dataset, saved.data.protocol).train_stops
+        if learned := int(((split.test_targets >= 0) & (split.test_targets < stops)).sum()):
+            logging.warning(
+                "%s was trained under protocol %r, on %d of the %d test targets of %r: its numbers are too good",
+                store.folder.parent, saved.data.protocol, learned, split.counts["test_users"], settings.data.protocol,
+            )  # fmt: skip
     return OpenedRun(store.folder.parent, checkpoint, settings, dataset, split)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from absl import logging
 
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 0.01
+"""Between looks of rank 0, which serves the store, whether all have connected to it."""
 STALE_POLLS = 10
 """After how many of its own polls without a heartbeat a process takes a peer for lost. Polls, not seconds: one that was
 held up itself blames nobody."""
@@ -30,6 +33,10 @@ def heartbeat(rank: int, world_size: int, address: str, port: int, timeout: time
     closed = threading.Event()
     threading.Thread(target=_watch, args=(rank, world_size, store, closed), daemon=True).start()
     try:
+        store.set(f"here {rank}", "")
+        # Were rank 0 to fail before all have connected, the others would try to until the group's timeout.
+        while rank == 0 and not store.check([f"here {peer}" for peer in range(world_size)]):
+            time.sleep(CONNECT_SECONDS)
         yield store
     finally:
         closed.set()

@@ -12,6 +12,7 @@ import pytest
 
 from generative_recommenders.commands import evaluate
 from generative_recommenders.commands.setup import Options
+from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
@@ -84,6 +85,22 @@ def test_a_checkpoint_that_is_removed_while_the_data_are_read_is_scored(
     opened = evaluate.open_run(Options((), (), tmp_path, str(run)), Collectives())
     _, test = evaluate.score_run(opened, Collectives())
     assert test.targets > 0
+
+
+def test_targets_that_the_run_was_trained_on_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=1))
+    run, _, _ = make_run(tmp_path, dataset, {"dataset_name": str(dataset.folder)})
+
+    def warned(protocol: str) -> list[str]:
+        caplog.clear()
+        bindings = (f"train_fn.protocol = {protocol!r}",)
+        evaluate.open_run(Options((), bindings, tmp_path, str(run)), Collectives())
+        return [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+
+    targets = make_split(dataset, "global_time").test_targets
+    learned = sum(0 <= target < length - 2 for target, length in zip(targets, dataset.lengths) if length > 2)
+    assert learned and f"on {learned} of the {(targets >= 0).sum()} test targets" in warned("global_time")[0]
+    assert not warned("leave_one_out")
 
 
 def test_runs_over_other_candidates_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from absl import logging
 
 from generative_recommenders.distributed import heartbeat
@@ -115,6 +117,24 @@ def finish_late(rank: int, world_size: int) -> int:
 
 def test_a_process_that_is_done_waits_for_the_others():
     assert exit_codes_under_slurm(finish_late) == [0, 0]
+
+
+def test_the_process_that_serves_the_store_waits_until_all_have_met():
+    """Else it may fail at once, as on a wrong flag, and the others look for it until the timeout."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = "127.0.0.1", store.port, timedelta(seconds=60)
+    begun = threading.Event()
+
+    def serve() -> None:
+        with heartbeat.heartbeat(0, 2, *place):
+            begun.set()
+
+    first = threading.Thread(target=serve)
+    first.start()
+    assert not begun.wait(0.5)
+    with heartbeat.heartbeat(1, 2, *place):
+        assert begun.wait(60)
+    first.join()
 
 
 PROGRAM = str(Path(__file__).with_name("torchrun_program.py"))
