@@ -112,6 +112,7 @@ class EventReader:
             sample = first.sample[str(column.place)]
             form = times.recognise(sample, options.time_unit)
             if form is None:
+                next(iter(first.batches([column])), None)  # tells a column of lists, which the sample leaves out
                 raise _no_time(first.path, column, sample)
             self.time_formats[column.name] = form
         if options.time_unit and not options.exchange and not any(each.unit for each in self.time_formats.values()):

@@ -92,6 +92,14 @@ def test_a_json_key_that_comes_late_is_told(tmp_path: Path) -> None:
     assert len(read(path, ReadOptions("user,item"))["user"]) == 121
 
 
+def test_lists_of_times_are_told_as_lists(tmp_path: Path) -> None:
+    sessions = {"user": ["u", "v"], "item": [[1, 2], [3, 4]], "timestamp": [[10, 20], [15, 30]]}
+    found = error_of(write_parquet(tmp_path, sessions), ReadOptions())
+    assert "column 'timestamp' is of type" in found and "list" in found
+    path = write(tmp_path, json.dumps({"user": "u", "item": [1, 2], "timestamp": [10, 20]}) + "\n", "a.jsonl")
+    assert "'timestamp' is an object or list" in error_of(path, ReadOptions())
+
+
 def test_json_values_of_mixed_kinds(tmp_path: Path) -> None:
     rows = [{"user": "u", "item": item, "x": x} for item, x in (("a", []), (3, {}), ("[b", True), ("d", 1))]
     path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "a.jsonl")
