@@ -152,15 +152,11 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         )  # fmt: skip
 
     encoder, objective = encoder_of(settings.model.main_module), build_objective(settings)
-    if objective.uses_mask and not encoder.causal:
+    if objective.uses_mask and not (encoder.causal and getattr(encoder, "takes_attention_mask", True)):
+        hint = "; choose hstu_encoder.normalization 'rel_bias'" if settings.encoder_name == "HSTU" else ""
         raise UserError(
-            f"objective {settings.loss.objective!r} sets the attention mask, which hstu_encoder.normalization "
-            f"{settings.value('hstu_encoder.normalization')!r} cannot follow; choose 'rel_bias'"
-        )
-    if objective.uses_mask and not getattr(encoder, "takes_attention_mask", True):
-        raise UserError(
-            f"objective {settings.loss.objective!r} shows both sides of a hidden item, which encoder "
-            f"{settings.encoder_name!r} cannot read"
+            f"objective {settings.loss.objective!r} shows both sides of a hidden item by an attention mask, which "
+            f"encoder {settings.encoder_name!r} does not follow{hint}"
         )
     if getattr(encoder, "redraws_inputs", False):
         xavier_normal_matrices_(preprocessor)

@@ -340,17 +340,26 @@ class Optimizer:
 
     def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """UserError for names, shapes or dtypes that do not fit. A parameter that never had a gradient has no state."""
-        probe = torch.nn.Parameter(torch.zeros(2, 3))
-        probe.grad = torch.zeros_like(probe)
-        optimizer = self.rule.dense([probe])
-        optimizer.step()  # torch's optimizers make their state in the first step
-        made = {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
-        expected = self._table_state()
-        for index, parameter in enumerate(self.parameters):
-            if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
-                # a tensor of the parameter's shape; else a number, as the step
-                expected |= {f"{DENSE}{index}.{name}": parameter if x.dim() else x for name, x in made.items()}
-        found, wanted = ({name: (x.shape, x.dtype) for name, x in each.items()} for each in (tensors, expected))
+        found, wanted = (
+            {name: (x.shape, x.dtype) for name, x in each.items()} for each in (tensors, self._table_state())
+        )
+        for dims in {parameter.dim() for parameter in self.parameters}:
+            probe = torch.nn.Parameter(torch.zeros(tuple(range(2, 2 + dims))))
+            probe.grad = torch.zeros_like(probe)
+            optimizer = self.rule.dense([probe])
+            optimizer.step()  # torch's optimizers make their state in the first step
+            made = {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
+            for index, parameter in enumerate(self.parameters):
+                own = f"{DENSE}{index}."
+                if parameter.dim() != probe.dim() or not any(name.startswith(own) for name in tensors):
+                    continue
+                for name, x in made.items():
+                    shape = x.shape  # of a number, as the step
+                    if x.dim() and x.shape == probe.shape:
+                        shape = parameter.shape
+                    elif x.dim() and own + name in found:  # the optimizer alone knows
+                        shape = found[own + name][0]
+                    wanted[own + name] = shape, x.dtype
         if found != wanted:
             odd = min(name for name in wanted | found if found.get(name) != wanted.get(name))
             shown = f"{found[odd][0]} of {found[odd][1]}" if odd in found else "missing"

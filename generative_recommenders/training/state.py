@@ -136,9 +136,9 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     load_model(trainer.model, checkpoint)
     load_criterion(trainer.task.criterion, checkpoint)
     moments = tensors_of(checkpoint, "optimizer")
-    # Releases before 0.2.0 did not count them.
-    written = checkpoint.state.get("optimizer_tensors", len(moments))
-    if len(moments) != written or (progress.step and not moments):
+    # Releases before 0.2.0 did not count them, and had no optimizer without a state.
+    written = checkpoint.state.get("optimizer_tensors", max(len(moments), min(progress.step, 1)))
+    if len(moments) != written:
         raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
     trainer.step.optimizer.load_state_tensors(moments)
     if processes != trainer.collectives.world_size and not trainer.settings.schedule.deterministic:

@@ -17,7 +17,7 @@ from generative_recommenders.build.parts import (
     build_sampler,
     build_task,
 )
-from generative_recommenders.config.registry import LOSSES
+from generative_recommenders.config.registry import ENCODERS, LOSSES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "auxiliary loss by get_weighted_loss": ({"weighted_loss.weights": {"x": 1.0}}, "loss_weights name x"),
     "attention mask": (
         {**CE, "main_module": "HSTU", "hstu.normalization": "softmax_rel_bias", "objective": "masked"},
-        "objective 'masked' sets the attention mask",
+        "attention mask, which encoder 'HSTU' does not follow; choose hstu_encoder.normalization 'rel_bias'",
     ),
     "fakes in a tower": ({**TOWER, **CE, "objective": "replaced"}, "no item tower, no MoL"),
     "fakes with MoL": ({**MOL, "objective": "replaced"}, "no item tower, no MoL"),
@@ -449,6 +449,8 @@ def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
         build_model(settings(main_module="TwoTower", embedding_module_type=kind), catalogue())
 
 
-def test_a_recurrent_plugin_cannot_read_both_sides() -> None:
-    with pytest.raises(UserError, match="'masked' shows both sides of a hidden item, which encoder 'GRU4Rec'"):
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_plugin_without_attention_mask_is_refused_by_its_name(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ENCODERS["GRU4Rec"].make, "causal", causal)
+    with pytest.raises(UserError, match="attention mask, which encoder 'GRU4Rec' does not follow$"):
         build_model(settings(main_module="GRU4Rec", objective="masked"), catalogue())

@@ -25,6 +25,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.training.debug import NonFiniteError
+from generative_recommenders.training.optimizers import AdamW
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import contracted, settings
 
@@ -347,6 +348,21 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     whole.train()
     stopped_after(ragged_dataset, store, 2, **choices)
     resumed = resumed_trainer(ragged_dataset, store, **choices)
+    resumed.train()
+    expected = whole.task.state_dict()
+    assert [n for n, x in resumed.task.state_dict().items() if not torch.equal(x, expected[n])] == []
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adafactor])
+def test_a_run_resumes_with_any_optimizer_of_torch(
+    ragged_dataset: SequenceDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """SGD keeps nothing, Adafactor a row and a column of each matrix."""
+    monkeypatch.setattr(AdamW, "dense", lambda self, parameters: kind(parameters, lr=self.learning_rate))
+    whole, store = make_trainer(ragged_dataset), CheckpointStore(tmp_path)
+    whole.train()
+    stopped_after(ragged_dataset, store, 2)
+    resumed = resumed_trainer(ragged_dataset, store)
     resumed.train()
     expected = whole.task.state_dict()
     assert [n for n, x in resumed.task.state_dict().items() if not torch.equal(x, expected[n])] == []
