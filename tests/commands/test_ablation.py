@@ -13,13 +13,17 @@ import time
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
+import torch
 
+from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.ablation.jobs import Slot, run_all
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import Finished, summary
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.comparison import METRICS, user_values
+from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import holm
@@ -114,6 +118,27 @@ def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None])
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
+
+
+def test_runs_of_another_version_of_a_plugin_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_plugins([str(ROOT / "examples/plugins/gru4rec.py")])
+    file = tmp_path / "mine.gin"
+    file.write_text(
+        BASE + 'train_fn.main_module = "GRU4Rec"\nablation.cells = {"ce": {"train_fn.loss_module": "CE"}}\n'
+    )
+    ablation = Ablation.load(file, (), tmp_path / "runs")
+    for seed, changes in ((1, {}), (2, {"sha256": "of another file"})):
+        run = finished(ablation, ablation.cells[0], seed, [1, 2, 3, 4])
+        saved = run.settings.to_json()
+        store = CheckpointStore(run.folder / "checkpoints")
+        plugins = [{**each, **changes} for each in saved["plugins"]]
+        store.attach(pa.array(["i"]), {**saved, "plugins": plugins}, run.resolved)
+        store.save((3, 3), {"weight": torch.zeros(1)}, {})
+    assert len(plugins) == 1
+    for seed in (1, 2):
+        ablation.run(ablation.cells[0], seed)
+    (warning,) = caplog.messages
+    assert "ce/seed-2 was trained with another version of its plug-in" in warning
 
 
 def test_tables_of_finished_runs(tmp_path: Path) -> None:

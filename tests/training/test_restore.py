@@ -29,6 +29,8 @@ from generative_recommenders.training.optimizers import AdamW
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import contracted, settings
 
+FINAL = '{"step": 4, "part": "final", "model": "SASRec", "results": {}, "conditions": "full catalogue"}'
+
 
 def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Trainer:
     sizes = {"item_embedding_dim": 8, "num_epochs": 1, "local_batch_size": batch, "max_sequence_length": 8}
@@ -170,7 +172,7 @@ def finished(ragged_dataset: SequenceDataset, tmp_path: Path) -> CheckpointStore
     store, trainer = CheckpointStore(tmp_path / "checkpoints"), make_trainer(ragged_dataset)
     store.attach(pa.array(["a"]), trainer.settings.to_json(), "")
     trainer.train(store)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4, "part": "final"}\n')
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 3}}\n{FINAL}\n')
     return store
 
 
@@ -203,7 +205,7 @@ def test_a_finished_run_is_left_as_it_is_unless_more_is_asked(
 
 
 def test_a_run_that_trains_on_is_not_finished(ragged_dataset: SequenceDataset, finished: CheckpointStore) -> None:
-    (finished.folder.parent / "metrics.jsonl").write_text('{"step": 4, "part": "final"}\n{"step": 4}\n')
+    (finished.folder.parent / "metrics.jsonl").write_text(f'{FINAL}\n{{"step": 4}}\n')
     trainer = make_trainer(ragged_dataset)
     assert resume(trainer, finished)
     assert final_record(trainer, finished.folder.parent, Options((), (), Path(), report=False)) is None

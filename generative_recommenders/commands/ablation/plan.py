@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+from absl import logging
 from annotated_types import Ge
 from pydantic import Field
 
+from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.fields import Section
 from generative_recommenders.config.gin import ABLATION, differences, load_ablation, load_settings, resolved_text
@@ -145,6 +147,13 @@ class Ablation:
                     raise UserError(
                         f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
                     )
+            saved = CheckpointStore(run.folder / "checkpoints", read_only=True).newest_settings() or {}
+            hashes = [{each["sha256"] for each in some} for some in (saved.get("plugins", []), settings.plugin_parts())]
+            if hashes[0] != hashes[1]:
+                logging.warning(
+                    "%s was trained with another version of its plug-in: remove %s to train it anew",
+                    run.name, run.folder,
+                )  # fmt: skip
         return run
 
     def seeds(self, cell: Cell, count: int | None) -> list[int]:
