@@ -328,7 +328,8 @@ def check_plugins(records: Any) -> None:
     for record in records:
         kind, name, source = (str(record.get(key))[:200] for key in ("kind", "name", "plugin"))
         if kind not in registries or name not in registries[kind]:
-            raise UserError(f"{kind} {name!r} comes from a plug-in: give --plugin={source}")
+            needs = f"give --plugin={source}, in Python plugins={[source]}"
+            raise UserError(f"{kind} {name!r} comes from a plug-in: {needs}")
         plugin = registries[kind][name].plugin
         found = plugin.sha256 if plugin else None
         if found != record.get("sha256"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from generative_recommenders.config.plugins import load_plugins, plugin_of
 from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import LOSSES
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 
 SOURCE = """
@@ -56,6 +58,13 @@ def test_a_file_that_fails_reports_one_line_error(tmp_path: Path, text: str, mes
     with pytest.raises(UserError, match=message):
         load_plugins([str(path)])
     assert "gr_plugins.failing" not in sys.modules
+
+
+def test_a_run_says_which_plugin_it_needs() -> None:
+    record = {"kind": "loss", "name": "Own", "plugin": "own.py", "sha256": ""}
+    said = "loss 'Own' comes from a plug-in: give --plugin=own.py, in Python plugins=['own.py']"
+    with pytest.raises(UserError, match=re.escape(said)):
+        RunSettings.from_json({"plugins": [record]})
 
 
 def test_a_missing_plugin_reports_one_line_error(tmp_path: Path) -> None:
