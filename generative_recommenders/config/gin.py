@@ -254,9 +254,11 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             f"gin: {place}: a configuration cannot import; remove {statement.format()!r}, every name is known already"
         )
     if isinstance(statement, config_parser.IncludeStatement):
-        found = next((p for root in (ROOT, Path.cwd()) if (p := root / statement.filename).is_file()), None)
+        roots = dict.fromkeys((ROOT, Path.cwd()))
+        found = next((p for root in roots if (p := root / statement.filename).is_file()), None)
         if found is None:
-            raise UserError(f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}")
+            tried = " or ".join(map(str, roots))
+            raise UserError(f"gin: {place}: no gin file at {statement.filename!r}, from {tried}")
         _bind_file(found, parsed)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, owner, argument = statement.scope, statement.selector, statement.arg_name

@@ -79,9 +79,9 @@ class Part:
     @cached_property
     def options(self) -> type[StrictModel]:
         """The model of the options, from the constructor's signature."""
+        parameters, fields = self._parameters, dict[str, Any]()
         try:
-            fields: dict[str, Any] = {}
-            for name, parameter in self._parameters.items():
+            for name, parameter in parameters.items():
                 if name in self.groups:
                     group = self.groups[name]
                     fields |= {group.prefix + key: (f.annotation, f) for key, f in group.model_fields.items()}
