@@ -165,7 +165,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> Non
     [
         (pa.array([1, 2], pa.duration("s")), "no time"),
         (pa.array([1, 2], pa.time32("s")), "no time"),
-        (pa.array([[1], [2]]), "no time"),
+        (pa.array([[1], [2]]), "is of type list<element: int64>, which holds no value of an event"),
         (pa.array([5, 2**63 - 1], pa.timestamp("us")), "row 2: the timestamp lies outside the years 1970 to 2200"),
         (pa.array([-1, 5], pa.timestamp("ns")), "row 1: the timestamp lies outside"),
         (pa.array([5.0, float("nan")]), "row 2: the timestamp 'nan' is missing"),
