@@ -128,7 +128,8 @@ _OPTIONS_OF_SOME = {
     **dict.fromkeys(("time_unit", "drop_missing"), ("csv", "exchange-text")),
     **dict.fromkeys(_SYNTHETIC_BOOKS, ("synthetic-books",)),
 }
-_ORDER = "k_core tie_order duplicates"
+_TIES = ("tie_order", "duplicates")
+_ORDER = f"k_core {' '.join(_TIES)}"
 _ENGINE = "engine memory_limit spark_master"
 _PREPARE_ONLY = f"dataset raw_path name {_ORDER} {_ENGINE}".split()
 """Flags that have no meaning where nothing is prepared, beside the options of one data set."""
@@ -197,6 +198,8 @@ def _prepare() -> tuple[Manifest, Path]:
     given = flags.FLAGS
     memory_limit = parse_bytes(given.memory_limit)
     settings: dict[str, Any] = {setting: given[flag].value for flag, setting in _SYNTHETIC_BOOKS.items()}
+    # A source may have an order of its own, which the flags' defaults leave as it is.
+    ties: dict[str, Any] = {name: given[name].value for name in _TIES if given[name].present}
     raw_path, data_root = None if given.raw_path is None else Path(given.raw_path), Path(given.data_root)
     synthetic, options = SyntheticBooksSettings(**settings), read_options()
     # What is downloaded or made is one process's until it is read.
@@ -205,7 +208,7 @@ def _prepare() -> tuple[Manifest, Path]:
             given.dataset, raw_path=raw_path, data_root=data_root, options=options, k_core=given.k_core,
             result_name=given.name, synthetic=synthetic,
         )  # fmt: skip
-        raw = dataclasses.replace(raw, tie_order=given.tie_order, duplicates=given.duplicates)
+        raw = dataclasses.replace(raw, **ties)
         out = prepared_path(data_root, raw.name)
         if given.engine == "spark":
             from generative_recommenders.data.preparation.spark import prepare_with_spark

@@ -52,6 +52,26 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
     assert SequenceDataset.open(tmp_path / "prepared" / "back").items.tolist() == dataset.items.tolist()
 
 
+def test_a_source_keeps_its_own_choices_unless_flags_are_given(tmp_path: Path) -> None:
+    (tmp_path / "once.py").write_text(
+        "from generative_recommenders import register_data_source\n"
+        "from generative_recommenders.data.readers.events import RawRatings\n\n\n"
+        '@register_data_source("once", gin_name="once_source")\n'
+        "def once(request):\n"
+        '    return RawRatings(request.name, [request.raw_path], tie_order="random", duplicates="drop")\n'
+    )
+    (tmp_path / "r.csv").write_text("user_id,item_id,timestamp\nu,a,1\nu,a,1\nu,b,2\n")
+    source = [f"--plugin={tmp_path / 'once.py'}", "--dataset=once", f"--raw_path={tmp_path / 'r.csv'}"]
+    for flags, choices, events in (
+        ([], {"tie_order": "random", "duplicates": "drop"}, 2),
+        (["--tie_order=file", "--duplicates=keep"], {"tie_order": "file", "duplicates": "keep"}, 3),
+    ):
+        done = run(*source, *flags, f"--data_root={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        dataset = SequenceDataset.open(tmp_path / "prepared" / "once")
+        assert (dataset.manifest.choices, dataset.num_events) == (choices, events)
+
+
 def test_exchange_files_in_milliseconds(tmp_path: Path) -> None:
     header = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps"
     (tmp_path / "text.csv").write_text(f'{header}\n0,7,"1,2","5,4","1600000000000,1600000600000"\n')
