@@ -143,7 +143,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
     options = options_of(settings, INPUT_PREPROCESSORS, name)
     preprocessor = get_input_preprocessor(name, settings.data.max_tokens, width, **options)
     if preprocessor.needs_ratings:
-        _check_ratings(settings, catalogue)
+        _check_ratings(settings, catalogue, preprocessor.num_ratings)
 
     def encoder_of(name: str) -> torch.nn.Module:
         return get_sequential_encoder(
@@ -186,17 +186,15 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
     return EventFeatures(features, settings.items.item_embedding_dim) if features else None
 
 
-def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
+def _check_ratings(settings: RunSettings, catalogue: Catalogue, known: int | None) -> None:
     """UserError where the chosen preprocessor reads ratings and the data have none, or others than it has embeddings
-    of."""
-    part = INPUT_PREPROCESSORS[settings.model.input_preprocessor]
+    of. known: see `InputPreprocessor.num_ratings`."""
     if not catalogue.has_ratings:
         raise UserError(
             f"input_preprocessor {settings.model.input_preprocessor!r} needs ratings, "
             f"and {settings.data.dataset_name} has none"
         )
     lowest, highest = catalogue.rating_range or (0.0, 0.0)
-    known = part.option_values(settings.part_options(part)).get("num_ratings")
     if known is not None and (lowest < 0 or highest >= known):
         raise UserError(
             f"input_preprocessor {settings.model.input_preprocessor!r} has embeddings of the ratings 0 to {known - 1} "

@@ -47,22 +47,34 @@ class EncoderInput:
 
 
 class InputPreprocessor(torch.nn.Module):
-    """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
+    """Base: ``forward(items [T, D], layout, events) -> EncoderInput``.
 
-    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: tokens of the encoder
-    for each event of the history.
+    max_length: the most tokens of the encoder in a history. embedding_dim: their width E. tokens_per_item: how many
+    there are for each event.
     """
 
     SUPPLIED = frozenset({"max_length", "embedding_dim", "item_embedding_dim"})
-    """Passed by the program; the latter two are both the width of the items."""
+    """Passed by the program; ``max_length`` counts events, and the other two are both the width of the items."""
     tokens_per_item = 1
     needs_ratings = False
+    num_ratings: int | None = None
+    """Ratings below this have an embedding, from 0 on; None where every number will do."""
     appendable = True
     """Whether a token's input stays the same when later events follow."""
 
-    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: Share = 0.2) -> None:
+    def __init__(self, max_length: int, embedding_dim: int) -> None:
         super().__init__()
-        self.embedding_dim = embedding_dim
+        self.max_length, self.embedding_dim = max_length, embedding_dim
+
+
+class LearnedPositions(InputPreprocessor):
+    """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
+
+    Positions count from 0 at the oldest event; ``max_length`` rows are learned.
+    """
+
+    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: Share = 0.2) -> None:
+        super().__init__(max_length, embedding_dim)
         self.position = torch.nn.Parameter(torch.empty(max_length, embedding_dim))
         truncated_normal_(self.position.data, std=embedding_dim**-0.5)
         self.dropout = Dropout(dropout_rate)
@@ -72,9 +84,9 @@ class InputPreprocessor(torch.nn.Module):
         return layout.positions
 
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        if layout.longest > len(self.position):
+        if layout.longest > self.max_length:
             raise UserError(
-                f"a history of {layout.longest} tokens, and the model has {len(self.position)} positions: "
+                f"a history of {layout.longest} tokens, and the model has {self.max_length} positions: "
                 "keep only the latest ones"
             )
         x = torch.add(lookup_rows(self.position, self.places(layout)), x, alpha=self.embedding_dim**0.5)
@@ -82,7 +94,7 @@ class InputPreprocessor(torch.nn.Module):
 
 
 @register_input_preprocessor("LearnablePositionalEmbedding", "LearnablePositionalEmbeddingInputFeaturesPreprocessor")
-class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
+class LearnablePositionalEmbeddingInputFeaturesPreprocessor(LearnedPositions):
     """``sqrt(D) item + position`` (SASRec, arXiv 1808.09781, section III-A, scaled as in HSTU's public runs)."""
 
     def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
@@ -102,13 +114,13 @@ class LearnablePositionalEmbeddingFromEnd(LearnablePositionalEmbeddingInputFeatu
     def places(self, layout: Layout) -> torch.Tensor:
         to_end = layout.lengths.index_select(0, layout.row_of) - layout.positions
         # Below 0 past the end of a padded row, whose tokens are masked afterwards.
-        return (len(self.position) - to_end).clamp(max=len(self.position) - 1)
+        return (self.max_length - to_end).clamp(max=self.max_length - 1)
 
 
 @register_input_preprocessor(
     "LearnablePositionalEmbeddingRated", "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor"
 )
-class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
+class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(LearnedPositions):
     """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
 
     num_ratings: rating values 0..num_ratings-1 have an embedding; half stars have that of the whole star below, as
@@ -127,6 +139,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         num_ratings: NumRatings = 6,
     ) -> None:
         super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
+        self.num_ratings = num_ratings
         self.rating = rating_table(num_ratings, rating_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
@@ -136,7 +149,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
 
 
 @register_input_preprocessor("CombinedItemAndRating", "CombinedItemAndRatingInputFeaturesPreprocessor")
-class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
+class CombinedItemAndRatingInputFeaturesPreprocessor(LearnedPositions):
     """item_0, rating_0, item_1, rating_1, ...: twice the tokens, positions over 2N.
 
     The state after rating t predicts item t + 1.
@@ -151,6 +164,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: NumRatings = 6
     ) -> None:
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
+        self.num_ratings = num_ratings
         self.rating = rating_table(num_ratings, item_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:

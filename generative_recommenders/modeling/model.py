@@ -269,7 +269,7 @@ class SequenceRecommender(torch.nn.Module):
             )
         per_item = self.sequence.preprocessor.tokens_per_item
         encoded = torch.zeros_like(new_lengths, device="cpu") if cache is None else cache.lengths // per_item
-        window = len(self.sequence.preprocessor.position) // per_item
+        window = self.sequence.preprocessor.max_length // per_item
         check_append(encoded, new_lengths, new_ids.shape[1], window)
         layout = new_layout(encoded, new_lengths, new_ids.device)
         events = dict(new_events or {})

@@ -78,21 +78,20 @@ class Recommender:
 
     def _set_items(self, item_ids: pa.Array) -> None:
         """Takes the model's items as they are now. item_ids: their original ids."""
-        facts, encoder = self.facts, self.model.sequence.encoder
+        facts, preprocessor, encoder = self.facts, self.model.sequence.preprocessor, self.model.sequence.encoder
         self.item_ids = item_ids.cast(pa.large_string())
         read = {each["name"] for each in facts.get("event_features", {}).values()}
-        ratings = getattr(self.model.sequence.preprocessor, "rating", None)  # an embedding for each value
         timed = bool(facts.get("has_timestamps", False)) and bool(getattr(encoder, "timed", False))
         self.reader = HistoryReader(
             self.item_ids,
             self.known_users,
             self.settings.data.max_sequence_length,
             facts.get("trained_items", len(item_ids)),
-            needs_ratings=self.model.sequence.preprocessor.needs_ratings or "ratings" in read,
+            needs_ratings=preprocessor.needs_ratings or "ratings" in read,
             needs_timestamps=timed or "timestamps" in read,
             uses_next_time=timed and getattr(encoder, "next_time", None) == "given",
             event_columns=facts.get("event_columns", ()),
-            num_ratings=None if ratings is None else len(ratings),
+            num_ratings=preprocessor.num_ratings,
         )
         self.snapshot = self.model.catalogue()
         self.search = ItemSearch(self.model, self.snapshot, self.counts)

@@ -49,7 +49,7 @@ class Scaled(torch.nn.Module):
 @register_input_preprocessor("ItemsAlone", gin_name="items_alone")
 class ItemsAlone(InputPreprocessor):
     def __init__(self, max_length: int, embedding_dim: int, gain: float = 2.0) -> None:
-        super().__init__(max_length, embedding_dim, 0.0)
+        super().__init__(max_length, embedding_dim)
         self.gain = gain
 
     def forward(self, items, layout, events) -> EncoderInput:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+import torch
 
 from generative_recommenders.build.parts import build_model, build_sampler
 from generative_recommenders.config.gin import load_settings
@@ -13,6 +15,7 @@ from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import INPUT_PREPROCESSORS, NEGATIVE_SAMPLERS, REGISTRIES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
 from tiny_models import catalogue, loaded, settings, ten_users, training_step
 
 PLUGIN = Path(__file__).parent / "plugin_parts.py"
@@ -50,6 +53,23 @@ def test_each_part_trains_by_itself(setting: str) -> None:
     step = training_step(chosen, catalogue())
     losses = [float(step(loaded(ten_users()), 0).loss) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+def test_a_preprocessor_without_learned_positions_appends_to_histories() -> None:
+    model = build_model(settings(input_preprocessor="ItemsAlone"), catalogue()).eval()
+    ids = torch.tensor([[3, 5, 2]])
+    _, cache = model.encode_incremental(None, torch.tensor([2]), ids[:, :2])
+    states, _ = model.encode_incremental(cache, torch.tensor([1]), ids[:, 2:])
+    torch.testing.assert_close(states, model.encode_query({"item_ids": ids, "lengths": torch.tensor([3])}).states)
+
+
+def test_answers_read_nothing_of_a_preprocessor_beside_its_interface() -> None:
+    chosen = settings(input_preprocessor="ItemsAlone")
+    model = build_model(chosen, catalogue())
+    model.sequence.preprocessor.rating = torch.nn.Embedding(6, 8)
+    names = pa.array([str(item) for item in range(1, model.items.num_items + 1)])
+    answer = Recommender(chosen, model, names).recommend({"a reader": ["3", "5"]}, k=3)
+    assert len(answer) == 3
 
 
 def test_a_value_that_a_part_refuses_after_its_making_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
