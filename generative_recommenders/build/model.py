@@ -152,6 +152,9 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         )  # fmt: skip
 
     encoder, objective = encoder_of(settings.model.main_module), build_objective(settings)
+    for attribute in ("causal", "output_dim"):
+        if not hasattr(encoder, attribute):
+            raise UserError(f"encoder {settings.encoder_name!r} lacks the attribute {attribute!r}: set it in the class")
     if objective.uses_mask and not (encoder.causal and getattr(encoder, "takes_attention_mask", True)):
         hint = "; choose hstu_encoder.normalization 'rel_bias'" if settings.encoder_name == "HSTU" else ""
         raise UserError(
@@ -162,9 +165,19 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         xavier_normal_matrices_(preprocessor)
     name = settings.model.user_embedding_norm
     postprocessor = get_output_postprocessor(name, width, **options_of(settings, OUTPUT_POSTPROCESSORS, name))
+    out = cast(int, encoder.output_dim)
+    with torch.no_grad():
+        scored = postprocessor.eval()(torch.zeros(1, out)).shape[-1]
+    postprocessor.train()
+    if scored != width:
+        raise UserError(
+            f"states of encoder {settings.encoder_name!r} are {scored} wide after train_fn.user_embedding_norm "
+            f"{name!r}, and items {width}: choose 'l2_norm' or 'layer_norm', which keep the first {width} columns of "
+            "wider ones"
+        )
     merger = None
     if names := settings.queries.query_features:
-        reduction, out = settings.value("item_tower.list_reduction"), cast(int, encoder.output_dim)
+        reduction = settings.value("item_tower.list_reduction")
         asked_by = "item_tower.query_features"
         merger = FeatureMerger(catalogue.features("user", names, out, asked_by, reduction), out)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))

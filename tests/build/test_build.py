@@ -216,6 +216,13 @@ def test_ratings_without_an_embedding(name: str, reach: tuple[float, float]) -> 
         build_all(chosen, catalogue(rating_range=reach))
 
 
+def test_states_must_be_as_wide_as_items() -> None:
+    wide = {"input_preprocessor": "LearnablePositionalEmbeddingRated"}
+    build_all(settings(**wide, user_embedding_norm="layer_norm"))
+    with pytest.raises(UserError, match=r"'SASRec' are 12 wide after train_fn.user_embedding_norm 'none', and items 8"):
+        build_all(settings(**wide, user_embedding_norm="none"))
+
+
 def test_weights_by_rating_need_ratings() -> None:
     with pytest.raises(UserError, match='"rating" needs ratings'):
         build_all(settings(target_weights="rating"), catalogue(has_ratings=False))

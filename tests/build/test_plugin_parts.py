@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from generative_recommenders import build
 from generative_recommenders.build.parts import build_model, build_sampler
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.plugins import load_plugins
@@ -70,6 +71,17 @@ def test_answers_read_nothing_of_a_preprocessor_beside_its_interface() -> None:
     names = pa.array([str(item) for item in range(1, model.items.num_items + 1)])
     answer = Recommender(chosen, model, names).recommend({"a reader": ["3", "5"]}, k=3)
     assert len(answer) == 3
+
+
+@pytest.mark.parametrize("attribute", ["causal", "output_dim"])
+def test_an_encoder_without_its_attributes_is_told_which(monkeypatch: pytest.MonkeyPatch, attribute: str) -> None:
+    class Bare(torch.nn.Module):
+        causal, output_dim = True, 8
+
+    delattr(Bare, attribute)
+    monkeypatch.setattr(build.model, "get_sequential_encoder", lambda *args, **options: Bare())
+    with pytest.raises(UserError, match=f"encoder 'SASRec' lacks the attribute '{attribute}'"):
+        build_model(settings(), catalogue())
 
 
 def test_a_value_that_a_part_refuses_after_its_making_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
