@@ -177,6 +177,8 @@ class Registry:
 
         def add(make: Made) -> Made:
             part = Part(name, gin_name or make.__name__, make, self)
+            if not part.gin_name.isidentifier():
+                raise UserError(f"gin name {part.gin_name!r} of {self.kind} {name!r} must be of letters, digits and _")
             for own in (name, *aliases):
                 if own in self._parts and not _same(self._parts[own].make, make):
                     taken = self._parts[own].make

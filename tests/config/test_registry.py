@@ -58,6 +58,11 @@ def registry_with_part() -> Registry:
     return registry
 
 
+def test_gin_names_are_names() -> None:
+    with pytest.raises(UserError, match="gin name 'toy-part' of toy 'Toy' must be of letters, digits and _"):
+        Registry("toy", "train_fn.toy").register("Toy", gin_name="toy-part")(Base)
+
+
 def test_options_are_the_arguments_that_are_not_supplied() -> None:
     part = registry_with_part()["Other"]
     assert part.name == "Toy"
