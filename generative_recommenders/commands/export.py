@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
 import torch
 from absl import logging
 
+from generative_recommenders.checkpoint.files import write_tensors
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.data.preparation.folder import check_file, new_file, write_text
 from generative_recommenders.errors import UserError
@@ -110,13 +111,14 @@ def write(recommender: Recommender, path: Path, form: str, kind: str) -> dict[st
         import faiss  # which the index is made by
 
         with new_file(path) as scratch:
-            faiss.write_index(index, str(scratch))
+            # faiss's own writer raises nothing where the last bytes find no place on the disk
+            scratch.write_bytes(faiss.serialize_index(index).data)
         recall = measured_recall(recommender, index)
         logging.info("the %s index finds %.4f of the 10 best items", kind, recall)
         return {"index": kind, "recall@10": round(recall, 4)}
     if form == "safetensors":
         with new_file(path) as scratch:
-            safetensors.torch.save_file({"item_embeddings": embeddings.contiguous()}, scratch)
+            write_tensors(scratch, {"item_embeddings": embeddings})
         return {}
     if form == "parquet":
         values = pa.array(embeddings.float().numpy().ravel())
@@ -143,9 +145,11 @@ def write(recommender: Recommender, path: Path, form: str, kind: str) -> dict[st
                 path.with_name(data.name).unlink(missing_ok=True)  # of an earlier model
             whole.replace(scratch)
     else:
-        with new_file(path) as scratch, open(scratch, "wb") as file:
-            # A name would have to end in .pt2, and the scratch file's does not.
-            torch.export.save(program, file)
+        # In memory first: where a write fails, as on a full disk, torch's writer aborts the process.
+        content = io.BytesIO()
+        torch.export.save(program, content)
+        with new_file(path) as scratch:
+            scratch.write_bytes(content.getbuffer())
     shapes = {
         name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
         for name, x in inputs.items()

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from disks import disk
 from generative_recommenders import Recommender
 from generative_recommenders.commands import export as command
 from generative_recommenders.commands.export import export as write
@@ -145,6 +146,17 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="onnx is not installed; the extra 'export' has it"):
         write(of_run(tmp_path), "onnx", None, "exact")
+
+
+@pytest.mark.parametrize("form", command.FILES)
+def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(run: Path, tmp_path: Path, form: str) -> None:
+    pytest.importorskip({"onnx": "onnxscript", "faiss": "faiss"}.get(form, "torch"))
+    with disk(tmp_path / "disk", "size=64k") as small:
+        with pytest.raises(OSError, match="No space"):
+            (small / "other").write_bytes(bytes(2**20))
+        with pytest.raises(UserError, match=r"disk/[a-z_0-9.]+: cannot be written: .*No space left on device"):
+            write(of_run(run), form, small, "exact")
+        assert [each.name for each in small.iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("form", ["torch", "faiss"])
