@@ -238,10 +238,12 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
 
     @torch.inference_mode()
     def queries(batch: Batch) -> torch.Tensor:
-        if not batch:  # no users, while other processes ask this one for rows
+        if batch:
+            states = encode(batch).states
+        else:  # no users, while other processes ask this one for rows
             model.items.rows(torch.zeros(0, dtype=torch.int64, device=embeddings.device))
-            return embeddings[:0].float()
-        operands = similarity.operands(encode(batch).states, embeddings[:0])
+            states = embeddings[:0].float()
+        operands = similarity.operands(states, embeddings[:0])
         assert operands is not None
         return operands[0]
 

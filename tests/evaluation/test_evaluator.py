@@ -17,7 +17,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import evaluator as evaluator_module
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
-from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from generative_recommenders.evaluation.model_evaluation import ModelEvaluation, catalogue_scores
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
 from tiny_data import SECONDS_BETWEEN, tiny_dataset
 from tiny_models import catalogue, contracted, settings
@@ -205,3 +205,17 @@ def test_without_ratings_nothing_is_highly_rated(tmp_path) -> None:
     loader = EvaluationLoader(dataset, make_split(dataset).test_targets, WINDOW, 16)
     evaluator = Evaluator(loader, 3, NoFilter(), Collectives())
     assert evaluator(lambda batch: scores_of(batch["user_ids"], 3)).high_rated_metrics() == {}
+
+
+def test_queries_of_no_users_are_as_wide_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(settings(), catalogue()).eval()
+
+    def distances(states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half of -|q - w|^2 but for the query's own length, a product of one column more."""
+        ones, lengths = states.new_ones(len(states), 1), weight.square().sum(1, keepdim=True)
+        return torch.cat([states, ones], 1), torch.cat([weight, -lengths / 2], 1)
+
+    monkeypatch.setattr(model.similarity, "operands", distances)
+    score = catalogue_scores(model)
+    # A shard is scored by the queries of all processes together, also of those that have no users left.
+    assert score.queries({}).shape == (0, score.items.shape[1])
