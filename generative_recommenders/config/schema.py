@@ -318,22 +318,28 @@ def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 
 
 def check_plugins(records: Any) -> None:
-    """UserError naming the plug-in of a part that is not registered; a warning where the plug-in's file has changed.
+    """UserError naming the plug-ins of parts that are not registered; a warning where a plug-in's file has changed.
 
     records: what `RunSettings.plugin_parts` wrote; nothing in them is imported.
     """
     if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
         raise UserError(f"settings section 'plugins' is no list of objects but {str(records)[:40]!r}")
     registries = {registry.kind: registry for registry in REGISTRIES.values()}
+    missing: dict[str, str] = {}
     for record in records:
         kind, name, source = (str(record.get(key))[:200] for key in ("kind", "name", "plugin"))
         if kind not in registries or name not in registries[kind]:
-            needs = f"give --plugin={source}, in Python plugins={[source]}"
-            raise UserError(f"{kind} {name!r} comes from a plug-in: {needs}")
+            missing[f"{kind} {name!r}"] = source
+            continue
         plugin = registries[kind][name].plugin
         found = plugin.sha256 if plugin else None
         if found != record.get("sha256"):
             warn_changed_plugin(kind, name, source)
+    if missing:
+        sources = list(dict.fromkeys(missing.values()))
+        come = "comes from a plug-in" if len(missing) == 1 else "come from plug-ins"
+        flags = " ".join(f"--plugin={source}" for source in sources)
+        raise UserError(f"{', '.join(missing)} {come}: give {flags}, in Python plugins={sources}")
 
 
 @cache

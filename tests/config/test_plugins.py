@@ -67,6 +67,17 @@ def test_a_run_says_which_plugin_it_needs() -> None:
         RunSettings.from_json({"plugins": [record]})
 
 
+def test_a_run_names_all_plugins_that_it_needs() -> None:
+    sources = {"Own": "own.py", "Other": "own.py", "Third": "third.py"}
+    records = [{"kind": "loss", "name": name, "plugin": source} for name, source in sources.items()]
+    said = (
+        "loss 'Own', loss 'Other', loss 'Third' come from plug-ins: give --plugin=own.py --plugin=third.py, "
+        "in Python plugins=['own.py', 'third.py']"
+    )
+    with pytest.raises(UserError, match=re.escape(said)):
+        RunSettings.from_json({"plugins": records})
+
+
 def test_a_missing_plugin_reports_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file at"):
         load_plugins([str(tmp_path / "none.py")])
