@@ -64,7 +64,7 @@ class ItemRows:
         """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
         if self.ids is not None:
             raise ValueError(f"{len(self.ids)} rows are held, not those of the whole catalogue")
-        return self.weight[1:] if self.row_of_item is None else self.weight[self.row_of_item[1:]]
+        return self.weight[1:] if self.row_of_item is None else lookup_rows(self.weight, self.row_of_item[1:])
 
 
 class ItemEmbedding(torch.nn.Module):

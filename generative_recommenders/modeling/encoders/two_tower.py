@@ -20,6 +20,7 @@ from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, SequenceEmbedding
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
+from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
 
 BLOCK_ITEMS = 1 << 15
@@ -134,7 +135,7 @@ class ItemTowerEmbedding(ItemEmbedding):
     def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
         # An item goes through the tower once, however often it is asked for.
         unique, place = torch.unique(item_ids, return_inverse=True)
-        return self.scored_rows(ItemRows(self.table), unique).weight[place]
+        return lookup_rows(self.scored_rows(ItemRows(self.table), unique).weight, place)
 
     def _tower(self, leaf: ItemRows, item_ids: torch.Tensor) -> torch.Tensor:
         id_rows = leaf.lookup(item_ids) if self.uses_item_id else None

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from generative_recommenders.ops.embedding import lookup_rows
+
 AuxiliaryLosses = dict[str, torch.Tensor]
 
 SharedRows = Iterable[tuple[slice, torch.Tensor]]
@@ -77,7 +79,7 @@ class Similarity(torch.nn.Module):
         items: ``[U, D']``. rows: ``[n, P]`` int64. Returns ``[n, P]``, and the sums over these pairs that
             `auxiliary_losses` are made from.
         """
-        return self.score(queries, items[rows], user_ids)[0], {}
+        return self.score(queries, lookup_rows(items, rows), user_ids)[0], {}
 
     def score_negatives(
         self,
@@ -89,9 +91,9 @@ class Similarity(torch.nn.Module):
         """The same of negatives ``[n, R]``, which auxiliary losses leave out; or of items that spans of queries
         share."""
         if isinstance(rows, torch.Tensor):
-            return self.score(queries, items[rows], user_ids)[0]
+            return self.score(queries, lookup_rows(items, rows), user_ids)[0]
         users = (lambda span: None) if user_ids is None else (lambda span: user_ids[span])
-        return torch.cat([self.score(queries[span], items[ids], users(span))[0] for span, ids in rows])
+        return torch.cat([self.score(queries[span], lookup_rows(items, ids), users(span))[0] for span, ids in rows])
 
     def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
         """Scalars by name, from sums over the pairs of one process or of several."""

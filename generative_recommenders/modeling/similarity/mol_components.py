@@ -25,6 +25,7 @@ from generative_recommenders.modeling.similarity.mol_layers import (
     projection,
 )
 from generative_recommenders.ops.dropout import dropout
+from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.ops.normalization import l2_normalize
 from generative_recommenders.ops.products.normalized import normalized_products
 
@@ -104,8 +105,13 @@ class ItemComponents(NamedTuple):
 
     def select(self, index: slice | torch.Tensor) -> ItemComponents:
         """Those of some items, by a slice or an index tensor of any shape over the first axis."""
-        gate = None if self.gate is None else self.gate[index]
-        return self._replace(components=self.components[index], gate=gate)
+        if isinstance(index, slice):
+            gate = None if self.gate is None else self.gate[index]
+            return self._replace(components=self.components[index], gate=gate)
+        # An index's gradient would be added up by torch's threads in whatever order they come.
+        gate = None if self.gate is None else lookup_rows(self.gate, index)
+        components = lookup_rows(self.components.flatten(1), index).unflatten(-1, self.components.shape[1:])
+        return self._replace(components=components, gate=gate)
 
 
 class MoLComponents(nn.Module):

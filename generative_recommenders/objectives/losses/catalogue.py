@@ -25,7 +25,7 @@ from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import Terms, full_precision, log_in_terms, weighted
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.embedding import range_of
+from generative_recommenders.ops.embedding import lookup_rows, range_of
 from generative_recommenders.ops.products.catalogue import (
     LOGSUMEXP,
     SOFTPLUS_SUM,
@@ -110,7 +110,9 @@ class CatalogueLoss(nn.Module, ABC):
 
             # Each label's logit is computed where its item lies, and is 0 elsewhere.
             held = (labels >= 0) & (local >= 0) & (local < len(item_weight))
-            products = (hidden[:, None, :] * item_weight[local.clamp(0, len(item_weight) - 1)]).sum(-1)
+            # An index's gradient would be added up by torch's threads in whatever order they come.
+            own_rows = lookup_rows(item_weight, local.clamp(0, len(item_weight) - 1))
+            products = (hidden[:, None, :] * own_rows).sum(-1)
             positive = total_of(products * held)
             excluded = local.masked_fill(~held, -1) if self.excludes_labels else None
             total, weight, _ = catalogue_sum(

@@ -16,6 +16,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.catalogue import labels_and_weights
 from generative_recommenders.objectives.losses.sampled import full_precision, weighted
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.types import LossOutput
 
 _SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all items held at a time
@@ -77,8 +78,9 @@ class ScalableCrossEntropyLoss(nn.Module):
             if selectable is None:
                 selectable = weights != 0
             tokens, items = self._buckets(hidden.detach(), item_weight.detach(), selectable, generator, normals)
-            own = (hidden * item_weight[labels]).sum(1)[tokens]
-            logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
+            # By lookups: an index's gradient would be added up by torch's threads in whatever order they come.
+            own = lookup_rows((hidden * lookup_rows(item_weight, labels)).sum(1, keepdim=True), tokens)[..., 0]
+            logits = lookup_rows(hidden, tokens) @ lookup_rows(item_weight, items).transpose(1, 2)
             # The label is among the items of some buckets; it counts once, as the positive.
             logits = logits.masked_fill(items[:, None, :] == labels[tokens][:, :, None], -torch.inf)
             losses = torch.logaddexp(own, logits.logsumexp(2)) - own  # [n_buckets, X]
