@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
-from generative_recommenders.commands.ablation.plan import Ablation, Run
+from generative_recommenders.commands.ablation.plan import Ablation, Run, names_in
 from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.ablation.search import Search
 from generative_recommenders.commands.ablation.tables import collect, write_tables
@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(ablation: Ablation, args: argparse.Namespace) -> list[Run]:
     """All runs of the file's cells, made before the first begins, so that an invalid one is reported at once."""
-    only = [each for each in args.only.split(",") if each]
     names = [cell.name for cell in ablation.cells]
+    only = names_in(args.only, names)
     if unknown := sorted({*only} - {*names}):
         raise UserError(f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(names)}")
     wanted = [(seed, cell) for cell in ablation.chosen(only) for seed in ablation.seeds(cell, args.seeds)]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
-from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, names_in
 from generative_recommenders.commands.ablation.records import Finished, is_trained, summary
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.commands.reproduction import results
@@ -113,8 +113,8 @@ def _chosen(args: argparse.Namespace, lanes: Sequence[Ablation]) -> list[tuple[A
     """The lanes and cells that the flags mean; UserError where they mean none."""
     if args.lane is not None and args.lane not in {lane.name for lane in lanes}:
         raise UserError(f"--lane={args.lane} is none of {args.name}: {', '.join(lane.name for lane in lanes)}")
-    only = [each for each in args.only.split(",") if each]
     names = {name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")}
+    only = names_in(args.only, names)
     if unknown := sorted({*only} - names):
         raise UserError(f"{args.name} has no cell {', '.join(unknown)}; it has {', '.join(sorted(names))}")
     tables = sorted({table for lane in lanes for table in lane.settings.tables})

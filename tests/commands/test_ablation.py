@@ -19,7 +19,7 @@ import torch
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.ablation.jobs import Slot, run_all
-from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, names_in
 from generative_recommenders.commands.ablation.records import Finished, summary
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.comparison import METRICS, user_values
@@ -273,6 +273,13 @@ def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path
     done = ablate(file, data_root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed" in (tmp_path / "runs" / "only" / "seed-42.log").read_text()
+
+
+def test_cells_of_a_grid_are_named_with_their_commas() -> None:
+    cells = ["a=1,b=1", "a=1,b=2", "a=1", "other"]
+    assert names_in("a=1,b=2,other,a=1,,a=1,b=1", cells) == ["a=1,b=2", "other", "a=1", "a=1,b=1"]
+    assert names_in("a=1,b=3,none", cells) == ["a=1", "b=3", "none"]
+    assert names_in("", cells) == []
 
 
 def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:

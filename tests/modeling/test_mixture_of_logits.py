@@ -265,10 +265,12 @@ def test_lines_of_the_log_say_which_published_code_ignores_an_option(caplog):
         small_model(query_nonlinearity="swiglu", item_nonlinearity="reglu")
         for _ in range(2):
             small_model(uid_embedding_hash_sizes=(3,))
-    idle, acting, tables = (record.getMessage() for record in caplog.records)
+        small_model(query_nonlinearity="glu")
+    idle, acting, tables, glu = (record.getMessage() for record in caplog.records)
     assert "item_nonlinearity = reglu has no effect: item_hidden_dim" in idle
     assert "query_nonlinearity = geglu acts, as in rails' code; Meta's is swiglu" in acting
     assert "uid_embedding_hash_sizes acts, as in rails' code; Meta's ignores it" in tables
+    assert "query_nonlinearity = glu acts; it is swiglu in rails' and Meta's code" in glu
 
 
 def test_user_tables_act_only_when_on():

@@ -205,3 +205,13 @@ def made_settings(run: Run) -> RunSettings | None:
     if not resolved.exists():
         raise UserError(f"{run.folder} does not say what it was made from: give another folder of runs")
     return load_settings([resolved])[0]
+
+
+def names_in(given: str, known: Collection[str]) -> list[str]:
+    """Names with commas between, as flags take them. Names of a grid's cells have commas of their own."""
+    parts, names = [part for part in given.split(",") if part], []
+    while parts:
+        taken = next((end for end in range(len(parts), 1, -1) if ",".join(parts[:end]) in known), 1)
+        names.append(",".join(parts[:taken]))
+        parts = parts[taken:]
+    return names

@@ -216,8 +216,10 @@ def side_projection(options: QueryOptions | ItemOptions, embedding_dim: int, gro
     name = options.prefix.removesuffix("_")
     unit = f"MoL {name}_nonlinearity = {options.nonlinearity}"
     if options.hidden_dim > 0 and not options.use_identity_fn:
-        if options.nonlinearity != "swiglu":
+        if options.nonlinearity == "geglu":
             say_once(f"{unit} acts, as in rails' code; Meta's is swiglu whatever it says")
+        elif options.nonlinearity != "swiglu":
+            say_once(f"{unit} acts; it is swiglu in rails' and Meta's code")
     elif options.nonlinearity != DEFAULT_UNIT:
         say_once(f"{unit} has no effect: {name}_hidden_dim gives the {name} no hidden layer")
     if not options.use_identity_fn:
