@@ -4,9 +4,12 @@ meant."""
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import time
@@ -253,7 +256,8 @@ def test_a_search_chooses_by_validation_and_says_what(tmp_path: Path) -> None:
     assert collect(found, "ndcg@10", by_validation=True)["cells"][0]["cell"] == "trial-000"
 
 
-def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path: Path, number: int) -> None:
     file = tmp_path / "long.gin"
     file.write_text(BASE.replace("num_epochs = 1", "num_epochs = 400") + 'ablation.cells = {"only": {}}\n')
     command = [PROGRAM, str(file), f"--data_root={data_root}", f"--runs={tmp_path / 'runs'}"]
@@ -263,10 +267,16 @@ def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
         assert process.is_alive() and time.monotonic() < until, (tmp_path / "err").read_text()
         time.sleep(0.1)
-    process.terminate()
+    assert process.pid is not None
+    os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 130, (tmp_path / "err").read_text()
-    assert "stopped on request" in (tmp_path / "runs" / "only" / "seed-42.log").read_text()
+    assert process.exitcode == (130 if number == signal.SIGTERM else -number), (tmp_path / "err").read_text()
+    while "stopped on request" not in (log := (tmp_path / "runs" / "only" / "seed-42.log").read_text()):
+        # A killed one waits for none of its runs.
+        assert number == signal.SIGKILL and time.monotonic() < until, log
+        time.sleep(0.1)
+    with open(run / "run.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # which the run held until it ended
     epochs = (run / "metrics.jsonl").read_text().count('"epoch"')
     file.write_text(file.read_text().replace("num_epochs = 400", f"num_epochs = {epochs + 1}"))
     (run / "resolved.gin").write_text((run / "resolved.gin").read_text().replace("400", str(epochs + 1)))

@@ -85,6 +85,7 @@ class _RunningJob:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": paths, **self.slot.environment},
+                preexec_fn=_stops_with_us,  # noqa: PLW1509, one system call
             )  # fmt: skip
         if self.slot.cores:
             with suppress(ProcessLookupError):
@@ -95,6 +96,11 @@ class _RunningJob:
         text = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
         lines = [line for each in text.splitlines() if (line := each.strip())] or ["no output"]
         return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+
+
+def _stops_with_us() -> None:
+    """Asks the kernel for SIGTERM, which has a run write its checkpoint, where a killed ablation can send none."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
 
 
 def run_all(
