@@ -65,13 +65,15 @@ def differences(settings: RunSettings, tie_order: str | None, has_unrated: bool)
         and (name != "next_time" or settings.encoder_name in ("HSTU", "FuXi"))
         and (name != "catalogue" or has_unrated)
     ]
+    ways = ["configs/runs/published.gin makes the same choices"] if found else []
     if tie_order not in (None, "published"):
-        found.append(f"--tie_order={tie_order} of the preparation (published)")
+        found.append(f"--tie_order={tie_order} of the preparation")
+        ways.append("prepare with --tie_order=published")
     if not found:
         return None
     return (
         f"not the published run of this configuration: {', '.join(found)}; the numbers do not compare with the "
-        "published ones (configs/runs/published.gin makes the same choices)"
+        f"published ones ({'; '.join(ways)})"
     )
 
 
