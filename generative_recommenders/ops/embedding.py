@@ -23,7 +23,8 @@ LateGradients = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def lookup_rows(weight: torch.Tensor, rows: torch.Tensor, late: LateGradients | None = None) -> torch.Tensor:
-    """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape.
+    """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape. On a CPU its gradient has one order of
+    summing, where that of an index has the threads'.
 
     late: takes the gradient of few rows of many on a CPU, where one of the whole weight, and autograd's sum of it and
     others, would be several passes over memory. The weight is then a leaf.
