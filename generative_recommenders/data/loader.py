@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from generative_recommenders.config.sections import TrainingWindows
+from generative_recommenders.data.preparation.event_store import consecutive
 from generative_recommenders.data.store import SequenceDataset
 
 
@@ -51,7 +52,7 @@ def cut_histories(
         lengths = np.minimum(stops, width)
         events = (dataset.offsets[users] + stops - lengths)[:, None] + np.arange(width)
     else:
-        rows, kept = np.repeat(np.arange(users.size), stops)[keep], flat_events(dataset, users, stops)[keep]
+        rows, kept = np.repeat(np.arange(users.size), stops)[keep], consecutive(dataset.offsets[users], stops)[keep]
         counts = np.bincount(rows, minlength=users.size)
         lengths = np.minimum(counts, width)
         column = np.arange(rows.size) - (np.cumsum(counts) - lengths)[rows]
@@ -75,12 +76,6 @@ def query_histories(
         last = (columns["lengths"] - 1).clamp(min=0)[:, None]
         columns["next_timestamps"] = columns["timestamps"].gather(1, last)[:, 0]
     return columns
-
-
-def flat_events(dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """``[T]`` places in the flat columns of all events before the users' stops, one user's after the other's."""
-    firsts = dataset.offsets[users] - (np.cumsum(stops) - stops)
-    return np.arange(stops.sum()) + np.repeat(firsts, stops)
 
 
 def event_values(dataset: SequenceDataset, events: np.ndarray) -> dict[str, np.ndarray]:
@@ -124,8 +119,7 @@ class SequenceLoader:
         # Of a history's stop - 1 targets, max_length go into a row: the quotient rounded up.
         repeats = np.ones_like(users) if windows == "last" else -((1 - stops[users]) // max_length)
         self.users = np.repeat(users, repeats)
-        before = np.arange(self.users.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-        self.stops = stops[self.users] - before * max_length
+        self.stops = stops[self.users] - consecutive(0, repeats) * max_length
         self.global_batch = batch_size * world_size
         self.seed, self.sampling_ratio = seed, sampling_ratio
         self.rank, self.world_size = rank, world_size
@@ -225,7 +219,7 @@ class Histories:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        return event_values(self.dataset, flat_events(self.dataset, self.users, self.stops))
+        return event_values(self.dataset, consecutive(self.dataset.offsets[self.users], self.stops))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self._columns[name])

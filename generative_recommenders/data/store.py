@@ -68,9 +68,13 @@ class SequenceDataset:
         # The one column that is read whole: places of events are taken from it unchecked afterwards.
         if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
             raise UserError(f"{folder / OFFSETS}: damaged: it does not rise from 0 to the count of events")
-        for name in ("items", "users", "unrated_items"):
-            if name in manifest.counts:
-                _check_rows(folder / f"{name}.parquet", manifest.counts[name])
+        for name in filter(manifest.counts.__contains__, ("items", "users", "unrated_items")):
+            path, expected = folder / f"{name}.parquet", manifest.counts[name]
+            with _reading(path):
+                metadata = pq.read_metadata(path)
+            check_parquet(path, metadata)
+            if (rows := metadata.num_rows) != expected:
+                raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
         items, ratings, timestamps = (maps.pop(name, None) for name in KNOWN_KINDS)
         assert items is not None
         return cls(folder, manifest, items, ratings, timestamps, offsets, maps)
@@ -198,14 +202,6 @@ class SequenceDataset:
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
-
-
-def _check_rows(path: Path, expected: int) -> None:
-    with _reading(path):
-        metadata = pq.read_metadata(path)
-    check_parquet(path, metadata)
-    if metadata.num_rows != expected:
-        raise UserError(f"{path}: {metadata.num_rows} rows, the manifest says {expected}; prepare the data again")
 
 
 @contextmanager

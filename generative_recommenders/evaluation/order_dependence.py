@@ -16,6 +16,7 @@ import torch
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import EvaluationLoader, SequenceLoader
+from generative_recommenders.data.preparation.event_store import consecutive
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -82,8 +83,7 @@ def of_users(dataset: SequenceDataset, users: np.ndarray) -> SequenceDataset:
     column."""
     lengths = np.minimum(dataset.lengths[users], MOST_EVENTS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    first = dataset.offsets[users + 1] - lengths
-    places = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+    places = consecutive(dataset.offsets[users + 1] - lengths, lengths)
     known, items = np.unique(dataset.items[places], return_inverse=True)
     counts = {"users": len(users), "items": len(known), "events": len(items)}
     manifest = dataclasses.replace(

@@ -69,20 +69,19 @@ class EventDigests:
     def add(self, users: np.ndarray, positions: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         """Adds events ``[n]``. users: numbers from 0. positions: 0-based in the user's sequence. columns: as stored."""
         owners = self.texts["user"][users]
-        words = {name: self._words(name, values) for name, values in columns.items()}
+        words: dict[str, np.ndarray] = {}  # unsigned integers, equal where the values of a column are
+        for name, values in columns.items():
+            if name in self.texts:
+                words[name] = self.texts[name][values - 1]
+            elif values.dtype.kind == "f":
+                one = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
+                words[name] = one.astype(np.float32).view(np.uint32)
+            else:
+                words[name] = np.asarray(values).view(np.uint64)
         known = [words.get(name, _ABSENT) for name in KNOWN_KINDS]
         self.total += _sum_of_digests([owners, *known, positions])
         for name, column in self.columns.items():
             self.columns_total += _sum_of_digests([owners, positions, column, words[name]])
-
-    def _words(self, name: str, values: np.ndarray) -> np.ndarray:
-        """``[n]`` unsigned integers, equal where the values of a column are."""
-        if name in self.texts:
-            return self.texts[name][values - 1]
-        if values.dtype.kind == "f":
-            one = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
-            return one.astype(np.float32).view(np.uint32)
-        return np.asarray(values).view(np.uint64)
 
     def hashes(self) -> tuple[str, str]:
         """32 hexadecimal digits of the events, and of their further columns ("" without any)."""

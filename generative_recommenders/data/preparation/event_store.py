@@ -65,6 +65,11 @@ def user_blocks(offsets: np.ndarray, events: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
+def consecutive(firsts: np.ndarray | int, counts: np.ndarray) -> np.ndarray:
+    """``[T]`` places ``first, first + 1, ...``, of each of ``firsts [n]`` so many as its entry of ``counts [n]``."""
+    return np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+
+
 def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
     """Append the raw numbers; unlike ``ndarray.tofile`` it says why it cannot (the disk is full)."""
     file.write(np.ascontiguousarray(values).data)

@@ -129,7 +129,15 @@ class JsonSource(TableSource):
     def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__(path)
         lines, self.first_line = text.first_lines(path)
-        rows = [_json_object(path, number, line) for number, line in enumerate(lines, self.first_line)]
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, self.first_line):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as fault:
+                raise UserError(f"{path}, line {number}: not a JSON object: {first_line(fault)}") from fault
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: not a JSON object but {str(row)[:40]!r}")
+            rows.append(row)
         self.header = list(dict.fromkeys(key for row in rows for key in row))
         # Refused where they are asked for; reviews have lists of images beside the columns of an event.
         self.nested = {key for row in rows for key, value in row.items() if isinstance(value, dict | list)}
@@ -159,16 +167,6 @@ class JsonSource(TableSource):
             for name in names:
                 _refuse_misread(values[name], name, block, rows)
             yield rows, values.select(pl.col(column.header).alias(column.name) for column in columns)
-
-
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as fault:
-        raise UserError(f"{path}, line {number}: not a JSON object: {first_line(fault)}") from fault
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, line {number}: not a JSON object but {str(row)[:40]!r}")
-    return row
 
 
 def _read_json(path: Path, data: bytes, first: int, names: list[str]) -> pl.DataFrame:

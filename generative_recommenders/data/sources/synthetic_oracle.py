@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from generative_recommenders.data.preparation.event_store import consecutive
 from generative_recommenders.data.sources.synthetic_books import (
     BACKGROUND,
     REDRAWS,
@@ -118,9 +119,8 @@ def _books_before(steps: Steps, owner: np.ndarray, rows: np.ndarray, num_items: 
     starts = steps.offsets[owner[rows]]
     counts = rows - starts
     reader = np.repeat(np.arange(len(rows)), counts)
-    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     seen = np.zeros((len(rows), num_items), dtype=bool)
-    seen[reader, steps.items[starts[reader] + place]] = True
+    seen[reader, steps.items[consecutive(starts, counts)]] = True
     return seen
 
 
