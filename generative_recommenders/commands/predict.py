@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +16,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 from absl import logging
-from tqdm import tqdm
 
 from generative_recommenders.commands.setup import Options, prepared_dataset
 from generative_recommenders.data.loader import EvaluationLoader, query_histories
@@ -24,6 +23,7 @@ from generative_recommenders.data.preparation.folder import check_file, new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.memory import keep_freed_memory
+from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.retrieval.frames import as_text
 from generative_recommenders.retrieval.histories import Histories
@@ -60,6 +60,7 @@ def predict(
     if output.suffix not in FORMATS:
         raise UserError(f"--output={output}: the name must end in {', '.join(FORMATS)}")
     check_file(output, "--output=")
+    began = time.monotonic()
     keep_freed_memory()
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
@@ -74,7 +75,8 @@ def predict(
     asked = _users(dataset, users, stops)
     names = dataset.original_user_ids().combine_chunks()
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
-        for start in tqdm(range(0, len(asked), MAX_USERS), desc="users", unit="batch", disable=None):
+        starts = range(0, len(asked), MAX_USERS)
+        for start in progress_bar(starts, len(starts), "recommendations"):
             some = asked[start : start + MAX_USERS]
             histories = _histories(dataset, names, stops, some, recommender, history)
             queries = recommender.queries(histories)
@@ -91,7 +93,7 @@ def predict(
                     schema=SCHEMA,
                 )
             )
-    logging.info("recommendations for %d users in %s", len(asked), output)
+    logging.info("recommendations for %d users in %s, after %.1f s", len(asked), output, time.monotonic() - began)
     return 0
 
 
@@ -206,8 +208,8 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
 def writing(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], None]]:
     """Yields what appends a table of `SCHEMA` to the file, in the format of a suffix."""
     if suffix == ".jsonl":
-        with path.open("w", encoding="utf-8") as file:
-            yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+        with path.open("wb") as file:
+            yield lambda table: pl.DataFrame(table).write_ndjson(file)
         return
     quoting = pyarrow.csv.WriteOptions(quoting_style="needed")
     with (
