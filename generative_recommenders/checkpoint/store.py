@@ -277,5 +277,17 @@ class CheckpointStore:
             ) from error
 
 
+def checkpoint_of_run(run: Path | str) -> Checkpoint:
+    """The best checkpoint of a run's folder, else the newest; UserError for a folder that is no run's, or that has no
+    whole checkpoint."""
+    folder = Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run} is no folder of a run: it has no checkpoints")
+    checkpoint = CheckpointStore(folder, read_only=True).load_best_or_newest()
+    if checkpoint is None:
+        raise UserError(f"there is no whole checkpoint in {folder}")
+    return checkpoint
+
+
 def _serial(name: str) -> int:
     return int(name.split("-", maxsplit=1)[0])

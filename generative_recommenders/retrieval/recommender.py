@@ -16,7 +16,7 @@ from absl import logging
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.parts import build_model
-from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore, checkpoint_of_run
 from generative_recommenders.checkpoint.weights import (
     data_facts,
     data_tensors,
@@ -105,13 +105,7 @@ class Recommender:
         run's own parts. UserError where there is no checkpoint, it needs a plug-in, or the device does not exist.
         """
         load_plugins([plugins] if isinstance(plugins, str) else [str(each) for each in plugins])
-        folder = Path(run) / "checkpoints"
-        if not folder.is_dir():
-            raise UserError(f"{run} is no folder of a run: it has no checkpoints")
-        store = CheckpointStore(folder, read_only=True)
-        checkpoint = store.load_best_or_newest()
-        if checkpoint is None:
-            raise UserError(f"there is no whole checkpoint in {folder}")
+        checkpoint = checkpoint_of_run(run)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             torch.empty(0, device=name)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.store import Checkpoint, checkpoint_of_run
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.errors import UserError
 from generative_recommenders.run.report.facts import Facts, read_facts
 
 
@@ -44,12 +43,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """UserError for a folder that is no run's, or that has no whole checkpoint."""
-    if not (path / "checkpoints").is_dir():
-        raise UserError(f"{path} is no folder of a run: it has no checkpoints")
-    store = CheckpointStore(path / "checkpoints", read_only=True)
-    checkpoint = store.load_best_or_newest()
-    if checkpoint is None:
-        raise UserError(f"there is no whole checkpoint in {path / 'checkpoints'}")
+    checkpoint = checkpoint_of_run(path)
     records = read_records(path / "metrics.jsonl")
     final: dict[str, Any] = next((each for each in reversed(records) if each.get("part") == "final"), {})
     if not final and (path / "evaluation.json").is_file():
