@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,12 +81,14 @@ class _RunningJob:
     def __post_init__(self) -> None:
         """Starts the command, in a session of its own, so that a Ctrl-C at the terminal reaches it through us alone."""
         paths = os.pathsep.join(filter(None, (IMPORTS, os.environ.get("PYTHONPATH"))))
+        # Asks the kernel for SIGTERM, which has a run write its checkpoint, where a killed ablation can send none.
+        stops_with_us = partial(torch.multiprocessing._prctl_pr_set_pdeathsig, signal.SIGTERM)  # type: ignore[attr-defined]
         with open(self.run.log, "ab") as log:
             self.log_start = log.tell()  # before it are the lines of earlier starts
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": paths, **self.slot.environment},
-                preexec_fn=_stops_with_us,  # noqa: PLW1509, one system call
+                preexec_fn=stops_with_us,  # noqa: PLW1509, one system call
             )  # fmt: skip
         if self.slot.cores:
             with suppress(ProcessLookupError):
@@ -96,11 +99,6 @@ class _RunningJob:
         text = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
         lines = [line for each in text.splitlines() if (line := each.strip())] or ["no output"]
         return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-
-
-def _stops_with_us() -> None:
-    """Asks the kernel for SIGTERM, which has a run write its checkpoint, where a killed ablation can send none."""
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
 
 
 def run_all(

@@ -52,9 +52,16 @@ def _lane(lane: Ablation, records: Sequence[Mapping[str, Any]], folder: Path, mi
     if missing:
         lines += [f"Not run on this machine: {missing}", ""]
     by_cell: dict[str, list[Finished]] = {cell.name: [] for cell in lane.cells}
-    done = [_as_published(record) for record in records if "failed" not in record and record["cell"] in by_cell]
-    for record in done:
-        by_cell[record["cell"]].append(finished_of(record))
+    done: list[Mapping[str, Any]] = []
+    for record in records:
+        if "failed" in record or record["cell"] not in by_cell:
+            continue
+        test = record["test"]
+        if record["protocol"] == "paper" and record["best"]:
+            # the figures of the epoch of the best test NDCG@10, which published tables have
+            test = {**test, **{name: record["best"][name] for name in COLUMNS}}
+        done.append({**record, "test": test})
+        by_cell[record["cell"]].append(finished_of(done[-1]))
     results = collect({cell: runs for cell, runs in by_cell.items() if runs}, settings.metric)
     rows = {row["cell"]: row for row in results["cells"]}
     if done:
@@ -76,13 +83,6 @@ def _lane(lane: Ablation, records: Sequence[Mapping[str, Any]], folder: Path, mi
         f"failed: {each['cell']}, seed {each['seed']}: {each['failed']}\n" for each in records if "failed" in each
     ]
     return "\n".join(lines).rstrip().splitlines()
-
-
-def _as_published(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of protocol "paper" with the figures of the epoch of the best test NDCG@10, which published tables have."""
-    if record["protocol"] != "paper" or not record["best"]:
-        return record
-    return {**record, "test": {**record["test"], **{name: record["best"][name] for name in COLUMNS}}}
 
 
 def _conditions(lane: Ablation, done: Sequence[Mapping[str, Any]]) -> list[str]:
