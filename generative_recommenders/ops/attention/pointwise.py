@@ -55,12 +55,14 @@ def pointwise_attention(
     assert not isinstance(bias, PairBias)
     tables, indices = bias or TableBias((), [])
     with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
-        return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
+        return _GroupedPointwise.apply(
+            q, k, v, layout, indices, divisor, dropout_rate, torch.is_grad_enabled(), *tables
+        )
 
 
 class _GroupedPointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
+    def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, keeps, *tables):
         heads = q.shape[1]
         saved: list[torch.Tensor | None] = []
         plan = plan_of(layout)
@@ -72,7 +74,8 @@ class _GroupedPointwise(torch.autograd.Function):
             # Into the copy of the values: the weights of the tiles are not passed over once more.
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
             out.append(group.queries.empty(v))
-            saved += [q_, k_, v_]
+            if keeps:
+                saved += [q_, k_, v_]
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
                 rows, keys = tile.rows * heads, tile.keys
@@ -81,11 +84,12 @@ class _GroupedPointwise(torch.autograd.Function):
                     logits.unflatten(0, (-1, heads)).add_(sum_of_table_lookups(tables, next(remaining), tile))
                 if not tables or tile.mask is not None:
                     hide(logits, tile, heads)
-                weights = F.silu(logits)
+                weights = F.silu(logits, inplace=not keeps)
                 kept = None if masks is None else drawn(masks, weights.shape, layout, group, tile)
                 weights = weights if kept is None else weights.mul_(kept)
                 torch.bmm(weights, top_left_view(v_, rows, keys), out=out_t)
-                saved += [logits, kept, weights]
+                if keeps:
+                    saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         ctx.settings = layout, indices, len(tables), divisor * (1.0 - dropout_rate), (q.shape, k.shape, v.shape)
         return join_groups(out, layout.queries, v.shape, v)
@@ -124,4 +128,4 @@ class _GroupedPointwise(torch.autograd.Function):
         summed = (total.sum(0) for total in d_tables)
         places = (layout.queries, layout.keys, layout.keys)
         d_inputs = (join_groups(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))
-        return *d_inputs, None, None, None, None, *summed
+        return *d_inputs, None, None, None, None, None, *summed

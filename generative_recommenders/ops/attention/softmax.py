@@ -45,7 +45,9 @@ def softmax_attention(
         return softmax_attention_reference(q, k, v, layout, dropout_rate, scale)
     if dispatch.fast_on_cpu(q) or numbered_rows.current() is not None:
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
-            return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
+            return _GroupedSoftmax.apply(
+                q, k, None if v is k else v, layout, dropout_rate, scale, torch.is_grad_enabled()
+            )
     if takes_kernel(layout, max(q.shape[2], v.shape[2])):
         from generative_recommenders.ops.attention.fused import Weights, fused_attention
 
@@ -67,7 +69,7 @@ class _GroupedSoftmax(torch.autograd.Function):
     """v: None where the values are the keys; their rectangles and gradients are then one."""
 
     @staticmethod
-    def forward(ctx, q, k, v, layout, dropout_rate, scale):
+    def forward(ctx, q, k, v, layout, dropout_rate, scale, keeps):
         heads, kept_share = q.shape[1], 1.0 - dropout_rate
         plan = plan_of(layout)
         masks = keep_masks(dropout_rate, q, plan)
@@ -79,7 +81,8 @@ class _GroupedSoftmax(torch.autograd.Function):
             if scale != 1.0:
                 q_.mul_(scale)
             out.append(group.queries.empty(v_.view(-1, heads, v_.shape[-1])))
-            saved += [q_, k_] if v is None else [q_, k_, v_]
+            if keeps:
+                saved += [q_, k_] if v is None else [q_, k_, v_]
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
                 rows, keys = tile.rows * heads, tile.keys
@@ -87,7 +90,8 @@ class _GroupedSoftmax(torch.autograd.Function):
                 p = probabilities(torch.bmm(q_t, k_t.mT), tile, heads)
                 dropped = p if masks is None else drawn(masks, p.shape, layout, group, tile).mul_(p)
                 torch.bmm(dropped, k_t if v is None else top_left_view(v_, rows, keys), out=out_t)
-                saved += [p, dropped]
+                if keeps:
+                    saved += [p, dropped]
             if dropout_rate:
                 out[-1].mul_(1.0 / kept_share)
         attended = join_groups(out, layout.queries, (k if v is None else v).shape, q)
@@ -136,5 +140,5 @@ class _GroupedSoftmax(torch.autograd.Function):
             join_groups(d_q, layout.queries, shapes[0], grad),
             join_groups(d_k, layout.keys, shapes[1], grad),
             None if one else join_groups(d_v, layout.keys, grad.shape, grad),
-            *(None, None, None),
+            *(None, None, None, None),
         )
