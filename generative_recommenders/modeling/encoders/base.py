@@ -29,6 +29,9 @@ class BlockEncoder(torch.nn.Module):
     A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, and the same in two parts, by which further tokens are
     encoded without the others: ``keys_values(x)``, ``[T, H, d]`` each, and
     ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``, over the keys and values of all tokens.
+
+    A block whose keys and values are projections may have ``over_inputs(x [R, D], inputs [R, C, D], lengths [R])`` too:
+    the same for the last token of each row, from what the block takes of all its tokens, without keys and values.
     """
 
     causal = True
@@ -59,11 +62,16 @@ class BlockEncoder(torch.nn.Module):
         """See `modeling.model.SequenceEncoder.last`: the last block has queries and a feed-forward of the last tokens
         alone."""
         *before, last = self.blocks
-        tokens, appended = last_tokens(layout, events.get("timestamps"))
-        own = {name: values.index_select(0, tokens) for name, values in events.items()}
         inputs = self.inputs(layout, events) if before else ()
         for block in before:
             x = block(x, layout, *inputs)
+        if hasattr(last, "over_inputs"):
+            filled = layout.lengths > 0
+            offsets = torch.cat([layout.starts[filled], layout.offsets[-1:]])
+            of_rows, lengths = jagged_to_padded(x, offsets, layout.longest), layout.lengths[filled]
+            return self.output(last.over_inputs(x.index_select(0, layout.last_tokens[filled]), of_rows, lengths))
+        tokens, appended = last_tokens(layout, events.get("timestamps"))
+        own = {name: values.index_select(0, tokens) for name, values in events.items()}
         held = (jagged_to_padded(each, layout.offsets, appended.capacity) for each in last.keys_values(x))
         cached = self.cached_inputs(own, appended)
         return self.output(last.over_cache(x.index_select(0, tokens), KeysValues(*held), appended, *cached))

@@ -15,7 +15,8 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
-from generative_recommenders.ops.attention.differential import differential_attention
+from generative_recommenders.ops.attention.differential import differential_self_attention
+from generative_recommenders.ops.attention.multi_head import values_over_inputs, weights_over_inputs
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout
@@ -154,11 +155,22 @@ class DiffTransformerBlock(nn.Module):
 
         return self.residuals(x, attend)
 
+    def over_inputs(self, x: torch.Tensor, inputs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """See `BlockEncoder`."""
+        attn, inputs = self.attn, self.attn_norm(inputs) if self.norm == "pre" else inputs
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            q = attn.W_q(x).unflatten(-1, (2 * attn.num_heads, -1))
+            first, second = weights_over_inputs(q, attn.W_k.weight, inputs, lengths).unflatten(1, (-1, 2)).unbind(2)
+            return attn.output(values_over_inputs(first - attn.lambdas()[:, None] * second, inputs, attn.W_v.weight))
+
+        return self.residuals(x, attend)
+
     def attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v, ``[T, D]`` (eq. 1)."""
         attn, rate = self.attn, self.dropout.rate if self.training else 0.0
-        difference = differential_attention(*attn.project(x, x, x), attn.lambdas(), layout, rate)
-        return self.dropout(attn.output(difference))
+        weights = attn.W_q.weight, attn.W_k.weight, attn.W_v.weight
+        return self.dropout(attn.output(differential_self_attention(x, *weights, attn.lambdas(), layout, rate)))
 
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")

@@ -19,7 +19,11 @@ from generative_recommenders.config.fields import Share, SmallCount
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
-from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
+from generative_recommenders.ops.attention.multi_head import (
+    last_token_attention,
+    multi_head_attention,
+    project_heads,
+)
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
 from generative_recommenders.ops.layout import Layout
@@ -85,6 +89,11 @@ class LigrBlock(torch.nn.Module):
         """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
         q = project_heads(self.attn_norm(x), self.in_proj, self.num_heads, 0)
         return self.combine(x, self.out_proj(softmax_over_cache(q, block, appended).flatten(1)))
+
+    def over_inputs(self, x: torch.Tensor, inputs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """See `BlockEncoder`."""
+        q = project_heads(self.attn_norm(x), self.in_proj, self.num_heads, 0)
+        return self.combine(x, self.out_proj(last_token_attention(q, self.in_proj, self.attn_norm(inputs), lengths)))
 
 
 @register_encoder("LiGR", gin_name="ligr_encoder")

@@ -20,7 +20,11 @@ from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
-from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
+from generative_recommenders.ops.attention.multi_head import (
+    last_token_attention,
+    multi_head_attention,
+    project_heads,
+)
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
@@ -90,6 +94,12 @@ class SasrecBlock(torch.nn.Module):
         q = project_heads(query, self.in_proj, self.num_heads, 0)
         attended = softmax_over_cache(q, block, appended).flatten(1)
         return self.transform(query + self.out_proj(attended))
+
+    def over_inputs(self, x: torch.Tensor, inputs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """See `BlockEncoder`."""
+        query = self.query_norm(x)
+        q = project_heads(query, self.in_proj, self.num_heads, 0)
+        return self.transform(query + self.out_proj(last_token_attention(q, self.in_proj, inputs, lengths)))
 
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")

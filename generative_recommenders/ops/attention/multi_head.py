@@ -57,3 +57,33 @@ def project_heads(x: torch.Tensor, in_proj: torch.nn.Linear, num_heads: int, par
     """q (part 0), k (1) or v (2) of ``x [T, D]``, ``[T, H, D / H]``; apart, as nothing is put together later."""
     weight, bias = in_proj.weight.chunk(3)[part], in_proj.bias.chunk(3)[part]
     return F.linear(x, weight, bias).unflatten(-1, (num_heads, -1))
+
+
+def last_token_attention(
+    q: torch.Tensor, in_proj: torch.nn.Linear, inputs: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """``[R, D]``: `multi_head_attention` of one query a row before the output's projection, over the row's first tokens
+    ``inputs [R, C, D]``. q: ``[R, H, d]``; lengths: ``[R]``, how many of the tokens.
+    """
+    (_, w_k, w_v), (_, _, b_v) = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
+    weights = weights_over_inputs(q, w_k, inputs, lengths)
+    return values_over_inputs(weights, inputs, w_v).flatten(1) + b_v  # the weights sum to 1
+
+
+def weights_over_inputs(
+    q: torch.Tensor, w_k: torch.Tensor, inputs: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """``[R, H, C]``: softmax(q kᵀ / sqrt(d)) of one query a row, over the keys that ``w_k [H * d, D]`` would make of
+    its first tokens ``inputs [R, C, D]``. q: ``[R, H, d]``; lengths: ``[R]``, how many of the tokens.
+
+    q·(Wk x) is (Wkᵀ q)·x, and a bias of the keys is the same for all: one query a row needs no keys.
+    """
+    to_inputs = torch.einsum("rhd,hde->rhe", q * q.shape[2] ** -0.5, w_k.view(*q.shape[1:], -1))
+    beyond = torch.arange(inputs.shape[1], device=inputs.device) >= lengths[:, None]
+    return (to_inputs @ inputs.mT).masked_fill(beyond[:, None], -torch.inf).softmax(-1)
+
+
+def values_over_inputs(weights: torch.Tensor, inputs: torch.Tensor, w_v: torch.Tensor) -> torch.Tensor:
+    """``[R, H, dv]``: the ``weights [R, H, C]`` times the values that ``w_v [H * dv, D]`` would make of the tokens
+    ``inputs [R, C, D]``."""
+    return torch.einsum("rhe,hve->rhv", weights @ inputs, w_v.unflatten(0, (weights.shape[1], -1)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comparison import assert_same, fast_and_reference
-from generative_recommenders.ops.attention.differential import differential_attention
+from generative_recommenders.ops.attention.differential import differential_attention, differential_self_attention
 from generative_recommenders.ops.layout import AttentionMask, jagged_layout, padded_layout
 
 LENGTHS = torch.tensor([5, 0, 1, 9, 3])
@@ -35,3 +35,17 @@ def test_equals_the_reference(heads: int, rate: float, kind: str) -> None:
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     outputs = fast_and_reference(lambda: layout.mask(differential_attention(*inputs, layout, rate)))
     assert_same(*outputs, inputs)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_self_attention_equals_the_reference(heads: int, rate: float, kind: str) -> None:
+    """One head attends to the inputs as keys and values, other numbers of heads to their projections."""
+    layout = jagged_layout(LENGTHS, 9)
+    if kind == "masked":
+        layout = layout.with_attention_mask(AttentionMask(layout.positions, layout.positions - 1))
+    torch.manual_seed(0)
+    shapes = (layout.num_tokens, 6), (heads * 8, 6), (heads * 8, 6), (heads * 5, 6), (heads,)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert_same(*fast_and_reference(lambda: differential_self_attention(*inputs, layout, rate)), inputs)
