@@ -88,7 +88,8 @@ def write_facts(
         }
     )
     drawn = rng.choice(len(users), min(len(users), EXAMPLES), replace=False)
-    histories = [_history(dataset, split, user) for user in users[drawn] - 1]
+    firsts = dataset.offsets[users[drawn] - 1]
+    histories = [*map(slice, firsts, firsts + split.test_targets[users[drawn] - 1])]  # the events before the targets
     examples, example_users = _examples(dataset, histories, table[drawn])
     shown = np.concatenate([targets, *(dataset.items[events] for events in histories)])
     items = _items(dataset, counts, item_ids, np.unique(shown))
@@ -133,12 +134,6 @@ def read_facts(run: Path, catalogue: Catalogue, checkpoint: str) -> Facts | None
         raise UserError(
             f"{folder} cannot be read: {type(error).__name__}: {first_line(error)}; write it again by --mode=evaluate"
         ) from error
-
-
-def _history(dataset: SequenceDataset, split: Split, user: int) -> slice:
-    """The events before a test target in the flat columns. user: from 0."""
-    first = int(dataset.offsets[user])
-    return slice(first, first + int(split.test_targets[user]))
 
 
 def _examples(
