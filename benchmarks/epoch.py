@@ -65,7 +65,7 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     training = max(line["seconds"] for line in lines if "seconds" in line)
     dataset = SequenceDataset.open(prepared)
-    settings, _ = gin_registry.load_settings([config], bindings)
+    settings = gin_registry.load_settings([config], bindings)
     split = make_split(dataset, "leave_one_out")
     tokens = int(np.minimum(split.train_stops, settings.data.max_sequence_length).sum())
     trainer = Trainer(settings, dataset, split, Collectives(torch.device("cpu")))

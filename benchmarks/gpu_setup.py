@@ -114,8 +114,7 @@ def books(bench: Bench) -> SequenceDataset:
 
 def settings_of(config: str, bindings: list[str], bench: Bench) -> RunSettings:
     quick = ["train_fn.local_batch_size = 16", "train_fn.max_sequence_length = 20"] if bench.quick else []
-    settings, _ = gin_registry.load_settings([records.ROOT / config], [*bindings, *quick])
-    return settings
+    return gin_registry.load_settings([records.ROOT / config], [*bindings, *quick])
 
 
 def movie_settings(encoder: str, bench: Bench, *bindings: str) -> RunSettings:

@@ -124,7 +124,7 @@ def load_settings() -> RunSettings:
         choices = (_ENCODER, _SHARING, _LOSS, _BATCH, _BLOCK, _NEGATIVES)
         if given := [f"--{each.name}" for each in choices if each.present]:
             sys.exit(f"{', '.join(given)}: not beside --gin_config_file; bind settings by --gin_bindings")
-        return gin_registry.load_settings([Path(_CONFIG.value)], _BINDINGS.value)[0]
+        return gin_registry.load_settings([Path(_CONFIG.value)], _BINDINGS.value)
     module = _ENCODER.value.removesuffix("-large")
     profile, own = _PROFILE.value, []
     if _ENCODER.value not in CONFIGS[profile]:
@@ -141,7 +141,7 @@ def load_settings() -> RunSettings:
         *_BINDINGS.value,
     ]
     config = CONFIGS[profile].get(_ENCODER.value, CONFIGS[profile][""])
-    return gin_registry.load_settings([records.ROOT / config], bindings)[0]
+    return gin_registry.load_settings([records.ROOT / config], bindings)
 
 
 def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[float, float, int]]:

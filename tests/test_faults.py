@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
 def test_weights_that_are_not_finite_are_never_saved(data_root: Path, tmp_path: Path, part: str) -> None:
     """The last update of an epoch may spoil them after its loss was finite."""
     dataset = SequenceDataset.open(data_root / "prepared" / "tiny")
-    settings = load_settings([data_root / "x.gin"])[0]
+    settings = load_settings([data_root / "x.gin"])
     trainer = Trainer(settings, dataset, make_split(dataset), Collectives("cpu"))
     store = CheckpointStore(tmp_path)
     name, spoilt = next(each for each in trainer.model.named_parameters() if each[0].startswith(part))

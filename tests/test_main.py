@@ -152,7 +152,7 @@ def as_the_authors_save(model: SequenceRecommender, path: Path) -> Path:
 
 
 def test_a_checkpoint_of_the_authors_is_imported_and_scored(data_root: Path, tmp_path: Path) -> None:
-    settings = load_settings([ROOT / "configs" / "synthetic-books" / "sasrec.gin"], SMALL)[0]
+    settings = load_settings([ROOT / "configs" / "synthetic-books" / "sasrec.gin"], SMALL)
     dataset = SequenceDataset.open(data_root / "prepared" / "synthetic-books")
     model = build_model(settings, Catalogue.of(dataset, make_split(dataset).train_stops, None))
     file, run = as_the_authors_save(model, tmp_path / "ckpt"), tmp_path / "run"

@@ -44,7 +44,7 @@ def main() -> None:
         f"{BLOCKS[flags.encoder]}.num_heads = 1",
         f"{BLOCKS[flags.encoder]}.num_blocks = {flags.blocks}",
     ]
-    settings, _ = gin_registry.load_settings([], bindings)
+    settings = gin_registry.load_settings([], bindings)
     dataset = SequenceDataset.open(flags.folder / "prepared" / "ours")
     trainer = Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives("cpu"))
     trainer.model.train()

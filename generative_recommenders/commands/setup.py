@@ -114,7 +114,7 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
 
     def settings() -> RunSettings:
         if saved is None:
-            given = gin_registry.load_settings(options.gin_files or (DEFAULT_CONFIG,), options.bindings)[0]
+            given = gin_registry.load_settings(options.gin_files or (DEFAULT_CONFIG,), options.bindings)
         else:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
         # An unknown name, or an option without a value, is told before data are read.

@@ -43,14 +43,13 @@ MODULE = "generative_recommenders."
 """May stand before every owner's name."""
 
 
-def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunSettings, str]:
-    """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
+def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> RunSettings:
+    """Parses files and bindings into settings.
 
     Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file,
     a syntax error with its place, an unknown name with the nearest one, a value that cannot be.
     """
-    settings = _bound(RunSettings(), _parse(gin_files, bindings))
-    return settings, resolved_text(settings)
+    return _bound(RunSettings(), _parse(gin_files, bindings))
 
 
 def load_ablation(

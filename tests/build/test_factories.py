@@ -75,7 +75,7 @@ def test_what_cannot_be_reports_one_line_error(name: str, options: dict, message
 
 def test_a_run_is_built_through_them() -> None:
     """Names that published configurations bind on the factories reach the model."""
-    chosen, _ = load_settings([], [
+    chosen = load_settings([], [
         "train_fn.interaction_module_type = 'MoL'", "train_fn.item_embedding_dim = 8",
         "train_fn.main_module = 'HSTU'", "get_sequential_encoder.activation_checkpoint = True",
         "get_similarity_function.activation_checkpoint = True", "create_mol_interaction_module.eps = 1e-5",

@@ -10,7 +10,7 @@ import torch
 
 from generative_recommenders import build
 from generative_recommenders.build.parts import build_model, build_sampler
-from generative_recommenders.config.gin import load_settings
+from generative_recommenders.config.gin import load_settings, resolved_text
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import INPUT_PREPROCESSORS, NEGATIVE_SAMPLERS, REGISTRIES
@@ -125,7 +125,8 @@ def test_a_packages_hash_is_of_all_of_its_files(tmp_path: Path, monkeypatch: pyt
 
 def test_gin_binds_their_options_and_resolved_text_gives_them_back() -> None:
     bindings = [f"train_fn.{name} = {value!r}" for name, value in CHOICES.items()]
-    read, resolved = load_settings([], [*bindings, "newest_negatives.newest = 3"])
+    read = load_settings([], [*bindings, "newest_negatives.newest = 3"])
+    resolved = resolved_text(read)
     assert read.options == {"newest_negatives": {"newest": 3}}
     assert "newest_negatives.newest = 3" in resolved and "cosine.sharpness = 10.0" in resolved
     with pytest.raises(UserError, match="newest_negatives.newest must be 1 or more, got 0"):

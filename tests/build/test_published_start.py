@@ -22,7 +22,7 @@ def test_the_first_loss_of_a_mixture_is_near_that_of_chance(encoder: str) -> Non
     (path,) = CONFIGS.glob(f"{encoder}-mol-*-final.gin")
     torch.manual_seed(0)
     items = Catalogue(FILMS, True, True, torch.ones(FILMS, dtype=torch.int64))
-    task = build_task(load_settings([path])[0], items)
+    task = build_task(load_settings([path]), items)
     generator = torch.Generator().manual_seed(0)
     columns = {
         "user_ids": torch.arange(1, 5),

@@ -138,11 +138,11 @@ def test_a_run_on_prepared_data_by_their_path(tmp_path: Path) -> None:
 def test_configurations_of_the_package_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     register_built_in_parts()
-    packaged = load_settings(["configs/ml-1m/esasrec.gin"])[0]
-    assert packaged == load_settings([ROOT / "configs/ml-1m/esasrec.gin"])[0]
+    packaged = load_settings(["configs/ml-1m/esasrec.gin"])
+    assert packaged == load_settings([ROOT / "configs/ml-1m/esasrec.gin"])
     (tmp_path / "configs" / "ml-1m").mkdir(parents=True)
     (tmp_path / "configs" / "ml-1m" / "esasrec.gin").write_text("train_fn.num_epochs = 3\n")
-    assert load_settings(["configs/ml-1m/esasrec.gin"])[0].schedule.num_epochs == 3
+    assert load_settings(["configs/ml-1m/esasrec.gin"]).schedule.num_epochs == 3
 
 
 def test_one_command_for_all_programs(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ HSTU = ("num_blocks", "num_heads", "dqk", "dv", "linear_dropout_rate")
 
 @pytest.mark.parametrize(("name", "sizes"), SIZES.items(), ids=SIZES)
 def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
-    settings, _ = load_settings([ROOT / "configs" / f"{name}.gin"])
+    settings = load_settings([ROOT / "configs" / f"{name}.gin"])
     sizes_of = {name: settings.value(f"hstu_encoder.{name}") for name in HSTU}
     found = (
         *list(sizes_of.values())[:3], settings.items.item_embedding_dim, settings.negatives.num_negatives,
@@ -109,7 +109,7 @@ def test_the_mixtures_of_rails_weigh_its_auxiliary_losses(dataset: str) -> None:
     paths = sorted((ROOT / "configs" / dataset).glob("*-mol-*-rails-final.gin"))
     assert [path.name.partition("-")[0] for path in paths] == ["hstu", "sasrec"]
     for path in paths:
-        settings = load_settings([path])[0]
+        settings = load_settings([path])
         assert settings.loss.loss_weights == {**of_users, "mi_loss": 0.001}
         assert settings.schedule.num_epochs == {"ml-1m": 101, "ml-20m": 151, "amzn-books": 201}[dataset]
 
@@ -169,7 +169,7 @@ def test_published_configurations_train_and_evaluate(
     options = setup.Options((str(path),), bindings, data_root, run, False, 2, False, report=False)
     assert train.train_worker(0, 1, options) == 0
     report = capsys.readouterr().out
-    assert load_settings([path])[0].model.main_module in report
+    assert load_settings([path]).model.main_module in report
     assert "most popular" in report
     assert "not the published run of this configuration" in report.strip().splitlines()[-1]
     assert os.listdir(tmp_path / "run" / "checkpoints")

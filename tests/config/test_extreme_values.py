@@ -92,7 +92,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(settings: dict[str, Any], data_root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code of a dry run with these settings, bound without gin's text, which has no form for some."""
-    monkeypatch.setattr(gin, "load_settings", lambda files, bindings: (RunSettings().bind(settings), ""))
+    monkeypatch.setattr(gin, "load_settings", lambda files, bindings: RunSettings().bind(settings))
     options = Options((), (), data_root, None, False, None, False, verbosity=-1)
     return exit_code(lambda: dry_run_worker(0, 1, options))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.commands.lists import register_built_in_parts
-from generative_recommenders.config.gin import differences, load_settings, override
+from generative_recommenders.config.gin import differences, load_settings, override, resolved_text
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
@@ -125,7 +125,8 @@ def message(files: list, bindings: list[str]) -> str:
 
 
 def test_published_names_arrive(write) -> None:
-    settings, resolved = load_settings([write(PUBLISHED)])
+    settings = load_settings([write(PUBLISHED)])
+    resolved = resolved_text(settings)
     for line in PUBLISHED.strip().splitlines():
         name, _, text = line.partition(" = ")
         value = settings.value(name)
@@ -135,26 +136,27 @@ def test_published_names_arrive(write) -> None:
 
 
 def test_resolved_configuration_is_complete_and_gives_the_same_settings(write) -> None:
-    settings, resolved = load_settings([], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"])
+    settings = load_settings([], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"])
+    resolved = resolved_text(settings)
     assert all(f"{name} =" in resolved for name in FIELDS)
-    again, text = load_settings([write(resolved)])
-    assert text == resolved
+    again = load_settings([write(resolved)])
+    assert resolved_text(again) == resolved
     assert differences(settings, again) == []
 
 
 def test_bindings_come_after_files_and_runs_do_not_mix(write) -> None:
     path = write("train_fn.num_epochs = 3\ntrain_fn.item_embedding_dim = 16")
-    settings, _ = load_settings([path], ["train_fn.num_epochs = 7"])
+    settings = load_settings([path], ["train_fn.num_epochs = 7"])
     assert (settings.schedule.num_epochs, settings.items.item_embedding_dim) == (7, 16)
-    assert load_settings([], [])[0] == RunSettings()
+    assert load_settings([], []) == RunSettings()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_includes_are_found_from_any_directory(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    at_home, _ = load_settings([config])
+    at_home = load_settings([config])
     monkeypatch.chdir(tmp_path)
-    assert load_settings([ROOT / config])[0] == at_home != RunSettings()
+    assert load_settings([ROOT / config]) == at_home != RunSettings()
 
 
 @pytest.mark.parametrize(
@@ -243,11 +245,11 @@ def test_words_without_quotes(write, binding: str, expected: str) -> None:
 def test_published_parameters_that_act_elsewhere_say_where(binding: str, instead: str) -> None:
     assert instead in message([], [binding])
     name = binding.partition(" = ")[0]
-    assert load_settings([], [f"{name} = None"])[0] == RunSettings()
+    assert load_settings([], [f"{name} = None"]) == RunSettings()
 
 
 def test_published_parameters_that_act() -> None:
-    settings, _ = load_settings([], [
+    settings = load_settings([], [
         "create_mol_interaction_module.eps = 1e-5", "get_similarity_function.activation_checkpoint = True",
     ])  # fmt: skip
     assert settings.value("create_mol_interaction_module.eps") == 1e-5
@@ -260,7 +262,7 @@ def test_missing_files(tmp_path: Path, write) -> None:
 
 
 def test_settings_survive_json(write) -> None:
-    settings, _ = load_settings([write(PUBLISHED)], ["item_tower.features = ('item_id', 'genre')"])
+    settings = load_settings([write(PUBLISHED)], ["item_tower.features = ('item_id', 'genre')"])
     data = json.loads(json.dumps(settings.to_json()))
     assert RunSettings.from_json(data) == settings
     assert RunSettings.from_json({}) == RunSettings()
@@ -296,7 +298,8 @@ def test_a_published_name_and_the_parts_own_are_one_option() -> None:
     own, published = "SampledSoftmaxLoss.label_smoothing = 0.1", "train_fn.label_smoothing"
     both = message([], [own, f"{published} = 0.2"])
     assert "SampledSoftmaxLoss.label_smoothing = 0.1 and train_fn.label_smoothing = 0.2 are one option" in both
-    settings, resolved = load_settings([], [own])
+    settings = load_settings([], [own])
+    resolved = resolved_text(settings)
     assert settings.value(published) == 0.1
     assert published not in resolved and "SampledSoftmaxLoss.label_smoothing = 0.1" in resolved
     later = override(settings, [f"{published} = 0.2"])
@@ -307,11 +310,11 @@ def test_a_published_name_and_the_parts_own_are_one_option() -> None:
 
 def test_a_published_name_has_the_range_of_the_chosen_part() -> None:
     zero = "train_fn.mask_probability = 0.0"
-    assert load_settings([], ["train_fn.objective = 'masked'", zero])[0].value("masked_objective.mask_probability") == 0
+    assert load_settings([], ["train_fn.objective = 'masked'", zero]).value("masked_objective.mask_probability") == 0
     assert "train_fn.mask_probability must be above 0, got 0.0" in message(
         [], ["train_fn.objective = 'permuted'", zero]
     )
-    assert load_settings([], ["train_fn.mask_probability = None"])[0] == RunSettings()
+    assert load_settings([], ["train_fn.mask_probability = None"]) == RunSettings()
 
 
 def test_checkpoints_keep_the_defaults_of_the_chosen_parts() -> None:
@@ -385,7 +388,7 @@ def test_what_would_bind_nothing_or_has_no_value_is_refused(bindings: list[str],
 
 def test_names_for_values_act_over_settings_too() -> None:
     bindings = ["kept = 'none'", "train_fn.seen_filter = %kept"]
-    assert load_settings([], bindings)[0].evaluation.seen_filter == "none"
+    assert load_settings([], bindings).evaluation.seen_filter == "none"
     assert override(RunSettings(), bindings).evaluation.seen_filter == "none"
 
 
@@ -395,7 +398,7 @@ def test_values_that_grow_without_measure_are_refused() -> None:
     assert "one that holds itself" in message([], ["a = [%a]", "train_fn.loss_weights = %a"])
     assert "joins more than 100 strings" in message([], ["train_fn.protocol = (" + "'a' " * 5000 + ")"])
     joined = "train_fn.protocol = ('leave_' 'one'\n  '_out')"
-    assert load_settings([], [joined])[0].data.protocol == "leave_one_out"
+    assert load_settings([], [joined]).data.protocol == "leave_one_out"
 
 
 @pytest.mark.parametrize(

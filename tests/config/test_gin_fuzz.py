@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
-from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override
+from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override, resolved_text
 from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError
@@ -105,7 +105,8 @@ def harmful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def outcome(files: list[Path], bindings: list[str]) -> str | None:
     """The line of a refusal; None where there are settings, which survive their own text."""
     try:
-        settings, _ = load_settings(files, bindings)
+        settings = load_settings(files, bindings)
+        assert resolved_text(settings)
     except UserError as error:
         assert "\n" not in str(error) and str(error).strip()
         return str(error)

@@ -160,5 +160,5 @@ SHIPPED = sorted(path for path in CONFIGS.glob("*/*.gin") if path.parent.name !=
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configurations_hold_nothing_idle(path: Path) -> None:
-    lines = settings_without_effect(load_settings([path])[0])
+    lines = settings_without_effect(load_settings([path]))
     assert [line for line in lines if " no effect: " in line] == []

@@ -55,7 +55,7 @@ def test_extreme_values_by_gin_json_and_override_agree(text: str) -> None:
         value = float("inf") if text == "1e999" else eval(text)
         binding = f"{name} = {text}"
         makers = (
-            partial(lambda bindings: load_settings([], bindings)[0], [binding]),
+            partial(load_settings, [], [binding]),
             partial(override, RunSettings(), [binding]),
             partial(RunSettings.from_json, {owner: {field: value}}),
         )

@@ -204,7 +204,7 @@ def made_settings(run: Run) -> RunSettings | None:
     resolved = run.folder / "resolved.gin"
     if not resolved.exists():
         raise UserError(f"{run.folder} does not say what it was made from: give another folder of runs")
-    return load_settings([resolved])[0]
+    return load_settings([resolved])
 
 
 def names_in(given: str, known: Collection[str]) -> list[str]:
