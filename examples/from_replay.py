@@ -131,9 +131,8 @@ def main(
     limits = {} if limit is None else {f"limit_{stage}_batches": limit for stage in stages}
     trainer = L.Trainer(max_epochs=max_epochs, callbacks=[metrics, best, top], logger=False, **limits)
     trainer.fit(model, datamodule=data)
-    weights = {"ckpt_path": best.best_model_path, "weights_only": False}
-    (tested,) = trainer.test(model, datamodule=data, **weights)
-    trainer.predict(model, datamodule=data, return_predictions=False, **weights)
+    (tested,) = trainer.test(model, datamodule=data, ckpt_path=best.best_model_path)
+    trainer.predict(model, datamodule=data, return_predictions=False, ckpt_path=best.best_model_path)
     return tested, top.get_result()
 
 

@@ -69,8 +69,7 @@ class DataModule(lightning.LightningDataModule):
             self.dataset, self.split.train_stops, data.max_sequence_length, schedule.local_batch_size,
             schedule.random_seed, data.positional_sampling_ratio, *place_of(self.trainer), data.training_windows,
         )  # fmt: skip
-        trainer = self.trainer
-        return _Batches(len(loader), lambda: loader.epoch(trainer.current_epoch if trainer else 0))
+        return _TrainingBatches(loader, self.trainer)
 
     def val_dataloader(self) -> Any:
         """The validation targets; in protocol "paper" there are none and the test targets are taken."""
@@ -156,3 +155,29 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
+
+
+class _TrainingBatches:
+    """The batches of the trainer's epoch, from its step on: a fit that resumes goes on where it was, as main.py does.
+
+    Lightning takes its iterator before it says which epoch is resumed, so that is asked for with the first batch.
+    """
+
+    def __init__(self, loader: SequenceLoader, trainer: lightning.Trainer | None) -> None:
+        self.loader, self.trainer = loader, trainer
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        if self.trainer is None:
+            yield from self.loader.epoch(0)
+        else:
+            yield from self.loader.epoch(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the trainer keeps its epoch and step. Lightning knows by this method what can resume in an epoch."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""

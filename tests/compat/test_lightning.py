@@ -58,7 +58,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
 def trainer(tmp_path: Path, *callbacks: Any, **options: Any) -> Any:
     return lightning.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=tmp_path, callbacks=list(callbacks), **options,
+        default_root_dir=tmp_path, callbacks=list(callbacks), **{"enable_checkpointing": False, **options},
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_models_of_replay_learn_and_answer(tmp_path: Path, dataset: SequenceData
     measured = fit.callback_metrics
     assert 0.95 < measured["novelty@5"] < 1.0  # one user has seen nearly everything, and gets fewer than 5 items
     assert 0 < measured["coverage@5"] <= 1
-    restored = LightningModule.load_from_checkpoint(best.best_model_path, model=replay_model(name), weights_only=False)
+    restored = LightningModule.load_from_checkpoint(best.best_model_path, model=replay_model(name))
     (again,) = trainer(tmp_path, metrics).validate(restored, datamodule=data, verbose=False)
     assert again["ndcg@5"] == pytest.approx(float(best.best_model_score), abs=1e-6)
     fit.predict(module, datamodule=data)
@@ -290,6 +290,28 @@ def test_batches_whose_gradients_are_accumulated_have_draws_of_their_own(
     trainer(tmp_path, max_epochs=1, limit_val_batches=0, accumulate_grad_batches=2).fit(LightningModule(task), own)
     assert len({*steps}) == len(steps) == len(own.train_dataloader())
     assert steps[::2] == [*range(len(steps[::2]))]  # the first batch of each step draws as without accumulation
+
+
+def test_a_fit_resumes_where_it_was(tmp_path: Path, dataset: SequenceDataset, recwarn: pytest.WarningsRecorder) -> None:
+    """In the middle of an epoch, and after one."""
+    run = chosen(sampling_strategy="local")
+
+    def losses(start: str | None, *callbacks: lightning.Callback) -> list[float]:
+        lightning.seed_everything(0, verbose=False)
+        own, kept = DataModule(dataset.folder, run), Losses()
+        options = {"enable_checkpointing": bool(callbacks), "max_epochs": 2, "limit_val_batches": 0}
+        fit = trainer(tmp_path, kept, *callbacks, **options)
+        fit.fit(LightningModule(build_task(run, own.catalogue())), own, ckpt_path=start)
+        return kept.values
+
+    every = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False
+    )
+    whole = losses(None, every)
+    an_epoch = len(whole) // 2
+    for step in (2, an_epoch, an_epoch + 1):
+        assert losses(str(tmp_path / f"step={step}.ckpt")) == whole[step:], step
+    assert not [each for each in recwarn if "not resumable" in str(each.message)]
 
 
 class Given(torch.nn.Module):
