@@ -25,7 +25,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError, first_line
-from generative_recommenders.retrieval.frames import as_text
+from generative_recommenders.retrieval.frames import answer_frame, as_text
 from generative_recommenders.retrieval.histories import Histories
 from generative_recommenders.retrieval.recommender import MAX_USERS, Recommender
 
@@ -81,18 +81,9 @@ def predict(
             histories = _histories(dataset, names, stops, some, recommender, history)
             queries = recommender.queries(histories)
             scores, items = recommender.search.best(histories, queries, top_k, exclude_seen, allowed)
-            row, column = (items > 0).nonzero(as_tuple=True)
-            write(
-                pa.table(
-                    [
-                        names.take(pa.array(some[row.numpy()])).cast(pa.large_string()),
-                        recommender.item_ids.take(pa.array((items[row, column] - 1).numpy())),
-                        pa.array((column + 1).numpy(), pa.int32()),
-                        pa.array(scores[row, column].numpy(), pa.float32()),
-                    ],
-                    schema=SCHEMA,
-                )
-            )
+            users_of_rows = names.take(pa.array(some)).to_pylist()
+            frame = answer_frame(recommender.item_ids, users_of_rows, items, scores, numeric=False, output="polars")
+            write(frame.to_arrow().cast(SCHEMA))
     logging.info("recommendations for %d users in %s, after %.1f s", len(asked), output, time.monotonic() - began)
     return 0
 
