@@ -173,12 +173,17 @@ class ModelEvaluation:
     ) -> EvaluationResult:
         dataset, settings = self.dataset, self.settings
         evaluator = self._evaluator(part, sample, stop)
+        # An accelerator keeps its batches for the next evaluation: it ranks them faster than a host makes them.
+        columns = 3 + len(dataset.manifest.kinds)
+        window = dataset.num_users * columns * settings.data.max_sequence_length
+        small = 8 * (window + 2 * dataset.num_events) <= KEPT_BYTES
+        keeps_batches = dispatch.waits(model.items.table) and small and not model.objective.uses_mask
         lists = progress = None
         if sample is None and settings.evaluation.list_metrics_k is not None:
             counts = training_counts(dataset.items, dataset.offsets, self.split.train_stops, dataset.num_items)
             users = torch.from_numpy(evaluator.loader.users) + 1
             lists = TopLists(settings.evaluation.list_metrics_k, dataset.num_items, users, counts)
-        elif sample is None and self._batches_are_kept(model):
+        elif sample is None and keeps_batches:
             if part not in self.kept:
                 self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
             evaluator.kept = self.kept[part]
@@ -199,14 +204,6 @@ class ModelEvaluation:
         if sample is None:
             self._warn_of_removed(result)
         return result
-
-    def _batches_are_kept(self, model: SequenceRecommender) -> bool:
-        """Whether batches stay on an accelerator for the next evaluation: it ranks them faster than a host makes
-        them."""
-        columns = 3 + len(self.dataset.manifest.kinds)
-        window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
-        small = 8 * (window + 2 * self.dataset.num_events) <= KEPT_BYTES
-        return dispatch.waits(model.items.table) and small and not model.objective.uses_mask
 
     def _warn_of_removed(self, result: EvaluationResult) -> None:
         """Once a run: data whose users come back to items are to be measured by a filter that leaves items in."""

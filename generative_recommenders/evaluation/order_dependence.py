@@ -27,7 +27,7 @@ from generative_recommenders.evaluation.evaluator import Evaluator, Ranker, Scor
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
 
-MOST_USERS, MOST_EVENTS, STEPS, SHUFFLES = 10_000, 200, 1_000, 3
+MOST_USERS, MOST_EVENTS, STEPS, SHUFFLES, SEED = 10_000, 200, 1_000, 3, 0
 METRIC = "ndcg@10"
 
 
@@ -44,14 +44,14 @@ class OrderDependence:
     scores: dict[str, dict[str, float]]
 
 
-def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int | None = None) -> OrderDependence:
+def order_dependence(dataset: SequenceDataset, steps: int | None = None) -> OrderDependence:
     """NDCG@10 on true and on shuffled histories; UserError where no user has three events.
 
     At most `MOST_USERS` users, drawn at random, with their last `MOST_EVENTS` events, so that neither time nor memory
     grows with the data set; the catalogue is what these users have.
     """
     steps = STEPS if steps is None else steps
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     scored = np.flatnonzero(dataset.lengths >= 3)
     if not len(scored):
         raise UserError(f"{dataset.folder}: no user has three events: there is nothing to predict")
@@ -62,7 +62,7 @@ def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int | None 
     columns = (data.items, data.offsets, split.train_stops, data.num_items)
     methods: dict[str, Score | Ranker] = {
         **{name: kind(*columns) for name, kind in BASELINES.items()},
-        "SASRec": _trained_scores(data, split, steps, seed),
+        "SASRec": _trained_scores(data, split, steps),
     }
     histories = {"true": [data], "shuffled": [shuffled(data, split, rng) for _ in range(SHUFFLES)]}
     scores: dict[str, dict[str, float]] = {name: {} for name in methods}
@@ -109,12 +109,12 @@ def shuffled(dataset: SequenceDataset, split: Split, rng: np.random.Generator) -
 _LENGTH, _BATCH_SIZE, _LEARNING_RATE = 50, 128, 1e-3
 
 
-def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: int) -> Score:
+def _trained_scores(dataset: SequenceDataset, split: Split, steps: int) -> Score:
     """A SASRec of width 64 after some steps of Adam."""
     settings = RunSettings().bind(
         {
             "train_fn.max_sequence_length": _LENGTH,
-            "train_fn.random_seed": seed,
+            "train_fn.random_seed": SEED,
             "train_fn.item_embedding_dim": 64,
             "train_fn.item_l2_norm": True,
             "train_fn.sampling_strategy": "local",
@@ -124,7 +124,7 @@ def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: in
     )
     task = build_task(settings, Catalogue.of(dataset, split.train_stops))
     optimizer = torch.optim.Adam(task.parameters(), lr=_LEARNING_RATE)
-    loader = SequenceLoader(dataset, split.train_stops, _LENGTH, _BATCH_SIZE, seed)
+    loader = SequenceLoader(dataset, split.train_stops, _LENGTH, _BATCH_SIZE, SEED)
     batches = (batch for epoch in range(steps) for batch in loader.epoch(epoch))
     for step, batch in progress_bar(zip(range(steps), batches), steps, "a small model"):
         loss = task.loss(batch, step).mean()
