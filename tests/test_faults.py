@@ -423,6 +423,13 @@ def make_embedded(folder: str, calls: str) -> None:
     setup.prepared_dataset(setup.EMBEDDED, Path(folder))
 
 
+def test_the_embedded_data_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
+    tiny_dataset(tmp_path / "prepared", ragged_sequences(9, 12, seed=1))
+    (tmp_path / "prepared" / "tiny").rename(tmp_path / "prepared" / setup.EMBEDDED)
+    (tmp_path / "raw").touch()  # root may write to every folder, but to none below a file
+    assert setup.prepared_dataset(setup.EMBEDDED, tmp_path).num_users == 9
+
+
 def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: Path) -> None:
     context = quick_start()
     calls = tmp_path / "calls"

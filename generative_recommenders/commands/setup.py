@@ -70,9 +70,10 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     """The prepared data set of a name or path, read once against its hash; the embedded one is made on first use, any
     other must have been prepared.
     """
-    if name == EMBEDDED:
+    folder = prepared_path(data_root, EMBEDDED)
+    if name == EMBEDDED and not folder.exists():  # else nothing is written: the disk may be read-only
         with locked(data_root / "raw" / EMBEDDED):  # see `commands.preprocess`
-            prepare_once(prepared_path(data_root, EMBEDDED), lambda: resolve(name, data_root=data_root))
+            prepare_once(folder, lambda: resolve(name, data_root=data_root))
     dataset = SequenceDataset.open(find_prepared(name, data_root))
     dataset.verify()
     return dataset
