@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 130
 """Exit code of a run that stopped in good order because it was asked to."""
 GRACE_SECONDS = 4.0
 """Seconds that a library's call, which no signal interrupts, may delay the end of a program."""
+AGAIN_SECONDS = 0.5
+"""After which an interrupt that did not arrive is raised again."""
 
 
 class StopRequested(KeyboardInterrupt):
@@ -69,28 +74,54 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
 
     For work that leaves nothing half done when it ends anywhere. Python raises only when the library's call that the
     main thread is in returns; where that takes longer than grace_seconds, the process ends with exit code
-    `INTERRUPTED`. A `StopRequest` that is opened within takes the signals over.
+    `INTERRUPTED`. A library may keep the exception to itself, as imports that try something do, and Python drops one
+    from a finalizer: it is raised again until it arrives, and an error in its place is taken for it. A `StopRequest`
+    that is opened within takes the signals over.
     """
-    raised = threading.Event()
+    raised, end = threading.Event(), b"\0"
 
     def interrupt(number: int) -> None:
         raised.set()
         raise KeyboardInterrupt
 
-    def exit_after_grace() -> None:
-        while received := os.read(reader, 1):  # nothing more once the writer is closed
+    def watch() -> None:
+        while True:
+            if not select.select([reader], [], [], AGAIN_SECONDS if raised.is_set() else None)[0]:
+                if not _interrupt_is_handled():
+                    os.kill(os.getpid(), signal.SIGTERM)  # no SIGINT, of which a `StopRequest` counts two as one more
+                continue
+            received = os.read(reader, 1)
+            if received in (b"", end):
+                return
             if received[0] in STOP_SIGNALS and not raised.wait(grace_seconds):
                 os.write(2, b"error: interrupted\n")
                 os._exit(INTERRUPTED)
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watcher = threading.Thread(target=exit_after_grace, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         with handled_signals(interrupt, writer):
-            yield
+            try:
+                yield
+            finally:  # while there are handlers for what the watcher sends
+                os.write(writer, end)
+                watcher.join()
+    except Exception as error:
+        if raised.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
         os.close(writer)
         watcher.join()
         os.close(reader)
+
+
+def _interrupt_is_handled() -> bool:
+    """Whether the main thread is in a ``finally`` or an ``except`` that an interrupt has led to."""
+    active: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = active[1] if isinstance(active, tuple) else active  # a triple in Python 3.11
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

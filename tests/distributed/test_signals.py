@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -68,6 +69,38 @@ def test_both_interrupt_what_keeps_no_state(number):
         os.kill(os.getpid(), number)
         time.sleep(5)
     assert signal.getsignal(number) is before
+
+
+def test_an_interrupt_that_a_library_keeps_to_itself_is_raised_again():
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        with contextlib.suppress(BaseException):  # as an import that may fail does
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("it went on")
+
+
+def test_an_error_in_the_place_of_an_interrupt_is_taken_for_it():
+    lock = threading.Lock()
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            lock.release()  # RuntimeError: it was not yet acquired
+    with pytest.raises(RuntimeError), interrupts():
+        lock.release()
+
+
+def test_what_ends_on_an_interrupt_may_take_its_time():
+    ended = False
+    with pytest.raises(KeyboardInterrupt), interrupts(grace_seconds=0.1):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            with contextlib.suppress(ValueError):
+                int("no number")
+            time.sleep(1.5)
+            ended = True
+    assert ended
 
 
 def test_a_request_within_takes_the_signals_over():
