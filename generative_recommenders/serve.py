@@ -12,39 +12,21 @@ from typing import Any
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.config.plugins import add_plugin_flag
 from generative_recommenders.errors import UserError, first_line, not_installed
-from generative_recommenders.retrieval.recommender import Recommender
-from generative_recommenders.retrieval.serve import Limits, make_app
+from generative_recommenders.run.logging import show
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; requests that have begun are answered first."""
-    limits = Limits()
-    parser = argparse.ArgumentParser(
-        prog="python -m generative_recommenders.serve", description="Serves a trained run over HTTP."
-    )
-    parser.add_argument("run", help="the folder of a trained run")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine alone by default")
-    parser.add_argument("--port", type=int, default=8000, help="TCP port, %(default)s by default")
-    parser.add_argument("--device", default="auto", help="cpu or cuda; a GPU if there is one by default")
-    add_plugin_flag(parser)
-    parser.add_argument(
-        "--max_batch",
-        type=int,
-        default=limits.max_batch,
-        help="requests answered together, %(default)s by default",
-    )
-    parser.add_argument(
-        "--wait_ms",
-        type=float,
-        default=1000 * limits.wait,
-        help="milliseconds that a request waits for others, %(default)s by default",
-    )
-    args = parser.parse_args(argv)
     app: Any = None
     listeners: list[socket.socket] = []
 
     def load() -> int:
         nonlocal app
+        # Imports that take seconds, here, where an interrupt of them is one line.
+        from generative_recommenders.retrieval.recommender import Recommender
+        from generative_recommenders.retrieval.serve import Limits, make_app
+
+        args = parser(Limits()).parse_args(argv)
         if args.max_batch < 1 or not 0 <= args.wait_ms <= 60_000 or not 0 < args.port < 1 << 16:
             raise UserError("--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535")
         if find_spec("uvicorn") is None:
@@ -52,21 +34,49 @@ def main(argv: list[str] | None = None) -> int:
         bind(args.host, args.port, listeners)  # before the model is loaded, which may take minutes
         recommender = Recommender.load(args.run, args.device, args.plugin)
         app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
+        import uvicorn  # noqa: F401
+
+        show(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server")
         return 0
 
     try:
         if code := exit_code(load):
             return code
-        import uvicorn  # which has its own way with SIGTERM and Ctrl-C
-
-        print(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server", flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
         with suppress(KeyboardInterrupt):
+            import uvicorn  # which has its own way with SIGTERM and Ctrl-C
+
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
             server.run(sockets=listeners)
-        return 0 if server.started else 3
+            return 0 if server.started else 3
+        return 0
     finally:
         for each in listeners:
             each.close()
+
+
+def parser(limits: Any) -> argparse.ArgumentParser:
+    """limits: `retrieval.serve.Limits`, the defaults."""
+    made = argparse.ArgumentParser(
+        prog="python -m generative_recommenders.serve", description="Serves a trained run over HTTP."
+    )
+    made.add_argument("run", help="the folder of a trained run")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine alone by default")
+    made.add_argument("--port", type=int, default=8000, help="TCP port, %(default)s by default")
+    made.add_argument("--device", default="auto", help="cpu or cuda; a GPU if there is one by default")
+    add_plugin_flag(made)
+    made.add_argument(
+        "--max_batch",
+        type=int,
+        default=limits.max_batch,
+        help="requests answered together, %(default)s by default",
+    )
+    made.add_argument(
+        "--wait_ms",
+        type=float,
+        default=1000 * limits.wait,
+        help="milliseconds that a request waits for others, %(default)s by default",
+    )
+    return made
 
 
 def bind(host: str, port: int, sockets: list[socket.socket]) -> None:

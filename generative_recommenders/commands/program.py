@@ -76,12 +76,7 @@ def start_program(run: Callable[[list[str]], int], help: Help) -> None:
 
 def parse_flags(argv: list[str], help: Help) -> list[str]:
     """Parses flags, returns the other arguments; one line and exit code 2 for what a flag does not take."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # the caller closed it: the next file that is opened would take its number
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, for good
+    open_standard_streams()
     if ASKS_FOR_HELP & set(argv[1:]):
         with contextlib.suppress(BrokenPipeError):
             print(help.text(), flush=True)
@@ -100,8 +95,19 @@ def parse_flags(argv: list[str], help: Help) -> list[str]:
         sys.exit(UserError.exit_code)
 
 
+def open_standard_streams() -> None:
+    """Has what the caller closed lead nowhere: the next file that is opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, for good
+
+
 def exit_code(program: Callable[[], int]) -> int:
     """Exit code of ``program``; that of a fault of the input or the system, which is printed in one line."""
+    open_standard_streams()
     line = ""
     try:
         with interrupts():

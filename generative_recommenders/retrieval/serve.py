@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from generative_recommenders.retrieval.recommender import Recommender
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
 MAX_SIMILAR = 10_000
 """Items in the answer to one request for similar ones."""
+MAX_FAULTS = 10
+"""Of a request that the answer tells."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 Ranked = list[dict[str, Any]]
@@ -301,6 +304,15 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
             raise fastapi.HTTPException(422, str(error)) from error
         except asyncio.QueueFull as error:
             raise fastapi.HTTPException(503, "too many requests wait: try again later") from error
+
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    async def refuse(request: fastapi.Request, error: Any) -> Any:
+        # Without what was sent: it may be long, and hold NaN and halves of surrogate pairs, which no answer can.
+        faults: Any = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()[:MAX_FAULTS]]
+        if "json" not in request.headers.get("content-type", "") and request.method == "POST":
+            faults = "the header Content-Type of the request must be application/json"
+        body = json.dumps({"detail": faults})
+        return fastapi.Response(body, 422, media_type="application/json")
 
     @app.post("/recommend", summary="The k best items after a history")
     async def recommend(request: RecommendRequest) -> dict[str, Any]:

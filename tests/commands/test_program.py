@@ -158,6 +158,16 @@ def test_one_command_for_all_programs(tmp_path: Path) -> None:
         assert ("--plugin" in shown.stdout) == (program != "doctor")
 
 
+def test_closed_standard_streams_change_nothing(tmp_path: Path) -> None:
+    for program in ("report", "serve"):
+        command = [sys.executable, "-m", f"generative_recommenders.{program}", str(tmp_path)]
+        done = subprocess.run(
+            command, cwd=ROOT, preexec_fn=lambda: [os.close(0), os.close(1)], stderr=subprocess.PIPE, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_log_lines_have_the_time_to_the_second_and_the_level(tmp_path: Path) -> None:
     prepared = run_program("preprocess_public_data.py", "--dataset=synthetic-books", "--synthetic_users=100",
                            "--synthetic_items=50", f"--data_root={tmp_path}")  # fmt: skip

@@ -258,6 +258,9 @@ def test_answers_over_http(server: Server, rec: Recommender) -> None:
         ("/recommend", {"history": ["i00003"] * 10_001}, 422, "at most 10000"),
         ("/recommend", {"history": ["i00003"], "columns": {"rating": []}}, 422, "0 values for 1 events"),
         ("/recommend", b"{", 422, "JSON"),
+        ("/recommend", b'{"history": [NaN]}', 422, "finite number"),
+        ("/recommend", b'{"history": ["i00003"], "k": 1e400}', 422, '"k"'),
+        ("/recommend", b'{"history": ["i00003"], "\\ud800": "\\ud800"}', 422, "unicode string"),
         ("/recommend", b" " * (1 << 21), 413, "longer than"),
         ("/similar", {"items": ["what"]}, 422, "is not an item that the model was trained on"),
         ("/similar", {"items": ["i00003"] * 11, "k": 1000}, 422, "more than 10000"),
@@ -269,6 +272,21 @@ def test_faults_of_a_request_say_what_is_wrong(
 ) -> None:
     assert server.ask("POST", path, body)[0] == status
     assert words in server.ask("POST", path, body)[1]
+
+
+def test_a_faulty_request_has_a_short_answer(server: Server) -> None:
+    status, text = server.ask("POST", "/recommend", {"history": [None] * 9000})
+    assert status == 422 and len(text) < 3000
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_by_its_header(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = json.dumps({"history": ["i00003"]})
+    connection.request(
+        "POST", "/recommend", body, {"Content-Type": "application/x-www-form-urlencoded"}
+    )  # as curl does
+    response = connection.getresponse()
+    assert response.status == 422 and b"must be application/json" in response.read()
 
 
 def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
@@ -301,7 +319,7 @@ def test_an_address_that_is_not_free_is_told_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, words: str
 ) -> None:
     pytest.importorskip("uvicorn")
-    monkeypatch.setattr(serve.Recommender, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(Recommender, "load", lambda *_: 1 / 0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve.main(["run", f"--host={host}", f"--port={taken.getsockname()[1]}"]) == 2
     printed = capsys.readouterr()
@@ -335,6 +353,6 @@ def test_a_model_that_memory_does_not_hold_reports_one_line(
     def too_large(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(serve.Recommender, "load", too_large)
+    monkeypatch.setattr(Recommender, "load", too_large)
     assert serve.main(["run", port]) == 1
     assert capsys.readouterr().err.count("\n") == 1
