@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from generative_recommenders.build.entity_features import FeatureReader
-from generative_recommenders.data.splits import training_events
+from generative_recommenders.data.splits import training_counts
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature
@@ -49,8 +49,7 @@ class Catalogue:
                 f"{dataset.folder}: item ids reach from {lowest} to {highest}, outside 1..{dataset.num_items}; "
                 "prepare the data again"
             )
-        events = training_events(dataset.offsets, train_stops)
-        counts = np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:]
+        counts = training_counts(dataset.items, dataset.offsets, train_stops, dataset.num_items)
         ratings = dataset.ratings
         items = FeatureReader(dataset, "item", counts > 0)
         categories = None

@@ -131,3 +131,8 @@ def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
     np.add.at(running, offsets[:-1], 1)
     np.subtract.at(running, offsets[:-1] + train_stops, 1)
     return np.cumsum(running[:-1], dtype=np.int8).astype(bool)
+
+
+def training_counts(items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> np.ndarray:
+    """``[V]`` int64 training events of item i + 1. items: int ``[E]``, ids 1..V; the rest as in `training_events`."""
+    return np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]

@@ -12,15 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from generative_recommenders.data.splits import training_events
+from generative_recommenders.data.splits import training_counts, training_events
 from generative_recommenders.evaluation.ranks import candidates, pairs_ahead
 from generative_recommenders.evaluation.seen_filters import SeenItems
-
-
-def training_counts(items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> torch.Tensor:
-    """``[V]`` int64 training events of item i + 1. items: int ``[E]``, ids 1..V; the rest as in `training_events`."""
-    counts = np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]
-    return torch.from_numpy(counts)
 
 
 class OwnScores(NamedTuple):
@@ -83,7 +77,8 @@ class MostPopular:
     `training_counts`."""
 
     def __init__(self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> None:
-        self.shared = SharedScores(training_counts(items, offsets, train_stops, num_items).float())
+        counts = training_counts(items, offsets, train_stops, num_items)
+        self.shared = SharedScores(torch.from_numpy(counts).float())
 
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
@@ -106,7 +101,7 @@ class MarkovSuccessor:
     """
 
     def __init__(self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> None:
-        counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
+        counts = training_counts(items, offsets, train_stops, num_items).astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
         follows = training_events(offsets, train_stops)
         first = offsets[:-1][offsets[:-1] < len(follows)]

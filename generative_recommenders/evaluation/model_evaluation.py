@@ -14,12 +14,12 @@ from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import SEEN_FILTERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import EvaluationLoader
-from generative_recommenders.data.splits import Split
+from generative_recommenders.data.splits import Split, training_counts
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.baselines import BASELINES, training_counts
+from generative_recommenders.evaluation.baselines import BASELINES
 from generative_recommenders.evaluation.evaluator import (
     EvaluationResult,
     Evaluator,
@@ -182,7 +182,7 @@ class ModelEvaluation:
         if sample is None and settings.evaluation.list_metrics_k is not None:
             counts = training_counts(dataset.items, dataset.offsets, self.split.train_stops, dataset.num_items)
             users = torch.from_numpy(evaluator.loader.users) + 1
-            lists = TopLists(settings.evaluation.list_metrics_k, dataset.num_items, users, counts)
+            lists = TopLists(settings.evaluation.list_metrics_k, dataset.num_items, users, torch.from_numpy(counts))
         elif sample is None and keeps_batches:
             if part not in self.kept:
                 self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]

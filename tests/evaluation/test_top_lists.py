@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from generative_recommenders.data.loader import EvaluationLoader
-from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.splits import make_split, training_counts
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import list_metrics
-from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
 from generative_recommenders.evaluation.list_metrics import TopLists, diversity
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, SeenItems, WindowFilter
@@ -34,7 +33,7 @@ def evaluate(dataset: SequenceDataset, seen_filter: str, k: int, batch_size: int
     split = make_split(dataset)
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size)
     unseen = torch.from_numpy(split.unseen_test_targets)
-    counts = training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS)
+    counts = torch.from_numpy(training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS))
     lists = TopLists(k, ITEMS, torch.from_numpy(loader.users) + 1, counts)
     return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(score, lists)
 

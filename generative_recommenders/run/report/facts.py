@@ -25,11 +25,10 @@ from generative_recommenders.config.sections import Catalogue
 from generative_recommenders.data.export import event_table
 from generative_recommenders.data.manifest import FeatureSpec
 from generative_recommenders.data.preparation.folder import new_file, write_text
-from generative_recommenders.data.splits import Split
+from generative_recommenders.data.splits import Split, training_counts
 from generative_recommenders.data.statistics import length_curve, popularity_curve, statistics_lines, timeline
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError, first_line
-from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.ranks import Ranks
 
 FOLDER = "report"
@@ -75,7 +74,7 @@ def write_facts(
     tested = next(iter(ranks.values()))[0].numpy()
     kept = np.sort(rng.choice(len(tested), min(len(tested), MOST_USERS), replace=False))
     users, targets = (column.numpy()[kept] for column in next(iter(ranks.values()))[:2])
-    counts = training_counts(dataset.items, dataset.offsets, split.train_stops, dataset.num_items).numpy()
+    counts = training_counts(dataset.items, dataset.offsets, split.train_stops, dataset.num_items)
     item_ids = dataset.original_item_ids().cast(pa.large_string()).combine_chunks()
     user_ids = dataset.original_user_ids().take(pa.array(users - 1)).cast(pa.large_string())
     table = pl.DataFrame(
