@@ -10,7 +10,6 @@ from pathlib import Path
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.run.logging import set_up_logging, show
-from generative_recommenders.run.report.page import write_comparison, write_report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def write() -> int:
+        # Imports that take seconds, here, where an interrupt of them is one line.
+        from generative_recommenders.run.report.page import write_comparison, write_report
+
         load_plugins(args.plugin)
         paths = [Path(run) for run in args.runs]
         if len(paths) == 1:

@@ -16,6 +16,7 @@ from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.data.preparation.prepare import find_prepared
+from generative_recommenders.distributed.signals import INTERRUPTED
 from generative_recommenders.errors import UserError
 from programs import ROOT, run_program
 from tiny_data import ragged_sequences, tiny_dataset
@@ -156,6 +157,17 @@ def test_one_command_for_all_programs(tmp_path: Path) -> None:
         shown = run_program("generative_recommenders", program, "--help", folder=tmp_path)
         assert shown.returncode == 0
         assert ("--plugin" in shown.stdout) == (program != "doctor")
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for program in ("ablate a.gin", "reproduce ml-1m", "report run", "serve run", "doctor", "train"):
+        command = [sys.executable, "-m", "generative_recommenders", *program.split()]
+        if program.split()[0] in ("ablate", "reproduce", "report", "serve"):
+            command[2:4] = [f"generative_recommenders.{program.split()[0]}"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n"), program
 
 
 def test_closed_standard_streams_change_nothing(tmp_path: Path) -> None:
