@@ -1,7 +1,7 @@
 # Trains the embedded example on a CPU, then answers over HTTP: docker build -t gr . && docker run -p 8000:8000 gr
 FROM python:3.11-slim
 WORKDIR /app
-COPY requirements.txt pyproject.toml README.md ./
+COPY requirements.txt pyproject.toml README.md LICENSE ./
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -r requirements.txt
 COPY generative_recommenders generative_recommenders
 COPY configs configs

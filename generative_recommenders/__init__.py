@@ -8,7 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers and editors do not read `lazy_exports`
+    from generative_recommenders.build.factories import (
+        create_mol_interaction_module,
+        get_input_preprocessor,
+        get_negatives_sampler,
+        get_output_postprocessor,
+        get_sequential_encoder,
+        get_similarity_function,
+    )
+    from generative_recommenders.build.parts import build_model
+    from generative_recommenders.checkpoint.weights import load_model
+    from generative_recommenders.commands.train import train
+    from generative_recommenders.config.registry import (
+        register_data_source,
+        register_encoder,
+        register_input_preprocessor,
+        register_item_embedding,
+        register_loss,
+        register_negative_sampler,
+        register_objective,
+        register_optimizer,
+        register_output_postprocessor,
+        register_seen_filter,
+        register_similarity,
+        register_top_k,
+    )
+    from generative_recommenders.config.schema import RunSettings
+    from generative_recommenders.data.preparation.prepare import prepare
+    from generative_recommenders.data.splits import make_split
+    from generative_recommenders.data.store import SequenceDataset
+    from generative_recommenders.errors import UserError
+    from generative_recommenders.evaluation.evaluator import Evaluator
+    from generative_recommenders.modeling.encoders.hstu import HSTU
+    from generative_recommenders.modeling.encoders.sasrec import SASRec
+    from generative_recommenders.modeling.model import (
+        SequenceEncoder,
+        SequenceRecommender,
+    )
+    from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+    from generative_recommenders.retrieval.recommender import Recommender
+    from generative_recommenders.types import SequentialFeatures
 
 __version__ = "0.2.0"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import importlib
 import subprocess
@@ -29,6 +30,15 @@ def test_every_export_is_there_and_ours(name: str) -> None:
         if isinstance(value, type):
             assert value.__module__.startswith(PACKAGE), exported
             assert value.__doc__ or issubclass(value, enum.Enum), f"{exported} has no docstring"
+
+
+def test_type_checkers_and_editors_see_what_the_package_exports() -> None:
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    read = {each.name: node.module for node in imports for each in node.names if node.module.startswith(PACKAGE)}
+    assert sorted([*read, "__version__"]) == sorted(package("").__all__)
+    for exported, module in read.items():
+        assert getattr(importlib.import_module(module), exported) is getattr(package(""), exported)
 
 
 def test_the_package_is_imported_without_torch() -> None:
