@@ -30,6 +30,8 @@ from generative_recommenders.run.logging import add_log_file, no_link, remove_lo
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+RUNS = Path("runs")
+"""Where runs without a folder of their own go, below the working directory."""
 _FILES = ("run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "report.html")
 _FOLDERS = ("checkpoints", "tensorboard", "report")
 _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
@@ -55,10 +57,8 @@ class RunFolder:
         self._log_handler = add_log_file(path / "train.log")
 
     @classmethod
-    def create_or_open(
-        cls, path: Path | str | None, resume: bool = False, name: str = "run", root: Path | str = "runs"
-    ) -> RunFolder:
-        """Opens ``path``, or a new ``root/<timestamp>-<name>`` where path is None.
+    def create_or_open(cls, path: Path | str | None, resume: bool = False, name: str = "run") -> RunFolder:
+        """Opens ``path``, or a new ``runs/<timestamp>-<name>`` where path is None.
 
         Raises UserError where there is nothing to resume, where a run would write over another one's
         results, where another process has the folder open, or where it cannot be written to.
@@ -68,7 +68,7 @@ class RunFolder:
         folder = Path(path) if path is not None else None
         try:
             if folder is None:
-                folder = _new_folder(Path(root), name)
+                folder = _new_folder(name)
             elif resume and not folder.is_dir():
                 raise UserError(f"no run to resume at {folder}")
             elif not resume and holds_run(folder):
@@ -85,7 +85,7 @@ class RunFolder:
                     raise UserError(f"{place} is in the way of a run: give another --run_dir")
             return cls(folder, _lock(folder))
         except OSError as error:
-            shown = path or Path(root) / name
+            shown = path or RUNS / name
             raise UserError(
                 f"cannot write to run folder {shown}: {error.strerror}; choose another with --run_dir"
             ) from error
@@ -232,13 +232,13 @@ def holds_run(folder: Path) -> bool:
     return measured or any((folder / "checkpoints").glob("[0-9]*"))
 
 
-def _new_folder(root: Path, name: str) -> Path:
+def _new_folder(name: str) -> Path:
     """A folder named by the time, followed by a number where that one exists."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    root.mkdir(parents=True, exist_ok=True)
+    RUNS.mkdir(exist_ok=True)
     attempt = 1
     while True:
-        folder = root / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
+        folder = RUNS / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
         try:
             folder.mkdir()
             return folder

@@ -22,9 +22,10 @@ def records(run: RunFolder) -> list[dict]:
     return [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
 
 
-def test_new_folders_are_named_by_time_and_never_shared(tmp_path):
-    runs = [RunFolder.create_or_open(None, name="ml", root=tmp_path / "runs") for _ in range(3)]
-    paths = {run.path for run in runs}
+def test_new_folders_are_named_by_time_and_never_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [RunFolder.create_or_open(None, name="ml") for _ in range(3)]
+    paths = {run.path.absolute() for run in runs}
     assert len(paths) == 3
     assert {path.parent for path in paths} == {tmp_path / "runs"}
     assert {path.name.split("-")[2] for path in paths} == {"ml"}
@@ -317,10 +318,11 @@ def test_a_full_disk_reports_one_line_error(small_disk, capfd):
 
 
 @pytest.mark.parametrize("name", [None, "", "inside"])
-def test_read_only_folder_reports_one_line_error(read_only: Path, name):
+def test_read_only_folder_reports_one_line_error(read_only: Path, name, monkeypatch):
+    monkeypatch.chdir(read_only)
     path = None if name is None else read_only / name
     with pytest.raises(UserError, match=r"cannot write to run folder .*--run_dir") as caught:
-        RunFolder.create_or_open(path, root=read_only)
+        RunFolder.create_or_open(path)
     assert "\n" not in str(caught.value)
 
 
