@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from absl import logging
 from torch.multiprocessing import ProcessExitedException, start_processes
+from tqdm import tqdm
 
 from generative_recommenders.distributed.heartbeat import heartbeat
 from generative_recommenders.distributed.memory import out_of_memory
@@ -193,10 +195,12 @@ def _spawn(job: Job, port: int) -> int:
         try:
             while not context.join(POLL_SECONDS, grace_period=GRACE_SECONDS):
                 for number in received[relayed:]:
-                    for process in context.processes:
+                    for rank, process in enumerate(context.processes):
                         if process.is_alive():
+                            # One that still imports what it needs would answer a Ctrl-C with a traceback.
+                            known = number if store.check([f"handles signals {rank}"]) else signal.SIGTERM
                             with contextlib.suppress(ProcessLookupError):
-                                os.kill(process.pid, number)
+                                os.kill(process.pid, known)
                     relayed += 1
             return 0
         except ProcessExitedException as error:
@@ -208,6 +212,8 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
     logging.flush()
     rank, code = error.error_index, error.exit_code
     if received and (code < 0 or code == INTERRUPTED):
+        if code < 0 or store.check(["failure"]):  # else the run has said how it is resumed
+            print("error: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     if code < 0:
         often = ", which is often the system running out of memory" if -code == signal.SIGKILL else ""
@@ -237,10 +243,13 @@ def _spawned(rank: int, job: Job, port: int) -> None:
         os.environ.setdefault(variable, loopback)
     store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=job.timeout)
     _stores[:] = [store]
-    code = INTERRUPTED
+    # Of the process alone: what all could share, `os._exit` would leave behind, and Python tell of it.
+    tqdm.set_lock(threading.RLock())
+    code: int | None = None
     # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
     # signal, which comes first here.
     with contextlib.suppress(KeyboardInterrupt), interrupts():
+        store.set(f"handles signals {rank}", "")
         ended: int | None = None  # by an unexpected error; else the worker's code or that of its UserError
         text = ""
         try:
@@ -255,6 +264,9 @@ def _spawned(rank: int, job: Job, port: int) -> None:
         if ended is None:
             time.sleep(SETTLE_SECONDS)
         code = 1 if ended is None else ended
+    if code is None:
+        code = INTERRUPTED
+        _leave_failure(store, rank, code, "interrupted")
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()

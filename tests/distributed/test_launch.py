@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,10 +21,10 @@ from absl import logging
 
 from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.process_group import join_group, process_collectives
-from generative_recommenders.distributed.signals import StopRequest
+from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.errors import UserError
 from launching import launch_quickly, on_cpu, report, reported, return_code, wait_for_ever
-from programs import quick_start
+from programs import ROOT, quick_start
 
 
 @pytest.fixture(autouse=True)
@@ -234,6 +235,39 @@ def test_signals_reach_the_members_who_finish_cleanly(tmp_path, number):
     launcher.join(60)
     assert launcher.exitcode == 0
     assert len(list(tmp_path.glob("checkpoint*"))) == 2
+
+
+SPAWNED = """
+import time
+{before}
+from generative_recommenders.distributed.launch import launch
+from tqdm import tqdm
+
+def work(rank, world_size):
+    list(tqdm([1], file=open("bar", "w")))
+    open(f"there{{rank}}", "w").close()
+    time.sleep(60)
+    return 0
+
+if __name__ == "__main__":
+    raise SystemExit(launch(work, (), 2, 0, device_type="cpu"))
+"""
+
+
+@pytest.mark.parametrize("before", ["", "if __name__ != '__main__': open('there1', 'w').close(); time.sleep(60)"])
+def test_an_interrupt_of_members_that_save_nothing_is_one_line(tmp_path, before):
+    """Of those that work, and of those that still import."""
+    (tmp_path / "program.py").write_text(SPAWNED.format(before=before))
+    command = [sys.executable, "program.py"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    wait_until((tmp_path / "there1").exists)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == INTERRUPTED
+    assert errors == ["error: interrupted"]
 
 
 def test_members_stop_when_the_launcher_is_killed(tmp_path):
