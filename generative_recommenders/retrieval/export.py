@@ -68,7 +68,10 @@ def export_program(recommender: Recommender) -> torch.export.ExportedProgram:
             return torch.export.export(encoder, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever a plug-in's encoder does that a tracer cannot follow
         name = type(recommender.model.sequence.encoder).__name__
-        raise UserError(f"encoder {name} cannot be exported: {first_line(error)}") from error
+        # Of a size that cannot vary torch says why in a list below its first line.
+        reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
+        reason = (reasons or [first_line(error)])[0].split(". ")[0].rstrip(".")
+        raise UserError(f"encoder {name} cannot be exported: {reason}; docs/extending.md says what can") from error
 
 
 def plain_products(recommender: Recommender) -> bool:

@@ -89,6 +89,37 @@ def test_a_mixture_of_logits_is_refused_in_one_line(tmp_path: Path, dataset: Seq
     assert "\n" not in str(error.value)
 
 
+class Loop(torch.nn.Module):
+    """An encoder as a plug-in may have it: one step a position."""
+
+    causal, output_dim = True, 16
+
+    def forward(self, x, layout, events):
+        return layout.flatten(torch.stack([*layout.to_rectangle(x).unbind(1)], 1))
+
+
+class Neighbours(Loop):
+    """A difference of neighbours, which is shorter than the history."""
+
+    def forward(self, x, layout, events):
+        rows = layout.to_rectangle(x)
+        return layout.flatten(torch.nn.functional.pad(rows[:, 1:] - rows[:, :-1], (0, 0, 1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [(Loop, r"length .* a constant \(3\); docs"), (Neighbours, r"values of length .* guard .*; docs")],
+)
+def test_an_encoder_of_some_lengths_alone_is_refused_with_why(
+    tmp_path: Path, dataset: SequenceDataset, encoder: type[torch.nn.Module], words: str
+) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "SASRec"})[0])
+    rec.model.sequence.encoder = encoder()
+    with pytest.raises(UserError, match=f"encoder {encoder.__name__} cannot be exported: .*{words}") as error:
+        export_program(rec)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["exact", "ivf", "hnsw"])
 def test_an_index_finds_what_its_recall_says(tmp_path: Path, dataset: SequenceDataset, kind: str) -> None:
     pytest.importorskip("faiss")
