@@ -11,6 +11,7 @@ from typing import Any
 
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.config.plugins import add_plugin_flag
+from generative_recommenders.distributed.signals import handled_signals
 from generative_recommenders.errors import UserError, first_line, not_installed
 from generative_recommenders.run.logging import show
 
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if code := exit_code(load):
             return code
-        with suppress(KeyboardInterrupt):
-            import uvicorn  # which has its own way with SIGTERM and Ctrl-C
+        with suppress(KeyboardInterrupt), handled_signals(_stop):
+            import uvicorn  # which has its own way with SIGTERM and Ctrl-C, and sends the signal again at its end
 
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
             server.run(sockets=listeners)
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for each in listeners:
             each.close()
+
+
+def _stop(number: int) -> None:
+    raise KeyboardInterrupt
 
 
 def parser(limits: Any) -> argparse.ArgumentParser:
