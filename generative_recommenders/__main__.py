@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
-from generative_recommenders.commands.program import COMMAND, exit_code
+from generative_recommenders.commands.program import COMMAND, imported
 from generative_recommenders.config.fields import nearest
 
 PROGRAMS = {
@@ -34,15 +33,7 @@ def main() -> int:
     if name not in PROGRAMS:
         print(f"error: there is no {COMMAND} {name}{nearest(name, PROGRAMS)}", file=sys.stderr)
         return 2
-    modules = []
-
-    def load() -> int:
-        modules.append(import_module(f"generative_recommenders.{PROGRAMS[name][0]}"))
-        return 0
-
-    if code := exit_code(load):  # an interrupt of an import, which may take seconds
-        return code
-    (module,) = modules
+    module = imported(PROGRAMS[name][0])
     if name in ("evaluate", "predict", "export"):
         arguments = [f"--mode={name}", *arguments]
     if hasattr(module, "start"):

@@ -10,7 +10,9 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags, logging
 
@@ -93,6 +95,19 @@ def parse_flags(argv: list[str], help: Help) -> list[str]:
     except (flags.Error, UserError) as error:
         print(f"error: {UserError(error)}", file=sys.stderr)
         sys.exit(UserError.exit_code)
+
+
+def imported(name: str) -> ModuleType:
+    """A module of the package. Imports may take seconds: where they are interrupted, the program ends with one line."""
+    modules = []
+
+    def load() -> int:
+        modules.append(import_module(f"generative_recommenders.{name}"))
+        return 0
+
+    if code := exit_code(load):
+        sys.exit(code)
+    return modules[0]
 
 
 def open_standard_streams() -> None:

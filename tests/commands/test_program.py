@@ -168,6 +168,10 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -
             command[2:4] = [f"generative_recommenders.{program.split()[0]}"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n"), program
+    (tmp_path / "torch.py").rename(tmp_path / "polars.py")
+    command = [sys.executable, str(ROOT / "preprocess_public_data.py"), "--dataset=csv"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "error: interrupted\n")
 
 
 def test_closed_standard_streams_change_nothing(tmp_path: Path) -> None:
