@@ -102,6 +102,17 @@ class IncrementalEncoder(Protocol):
         of the encoder make every token depend on later ones."""
 
 
+def agrees_with_forward(module: torch.nn.Module, *methods: str) -> bool:
+    """Whether a module has these methods, and none from a class whose ``forward`` a derived one replaced: the numbers
+    may then be others."""
+    kinds = type(module).__mro__
+
+    def place(name: str) -> int:
+        return next((n for n, kind in enumerate(kinds) if name in vars(kind)), len(kinds))
+
+    return all(place(name) <= place("forward") for name in methods)
+
+
 def last_tokens(layout: Layout, times: torch.Tensor | None = None) -> tuple[torch.Tensor, Appended]:
     """The last token of each row that has one, ``[R]`` int64 among those of a jagged layout, and the same as appended
     to all before it. times: ``[T]`` int64 seconds, or None.

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import (
     HistoryCache,
-    IncrementalEncoder,
+    agrees_with_forward,
     append_tokens,
     check_append,
     new_layout,
 )
+from generative_recommenders.modeling.encoders.base import can_append
 from generative_recommenders.modeling.events import EventFeatures, history_features, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
@@ -75,7 +76,7 @@ class SequenceEncoder(torch.nn.Module):
         last tokens of the R non-empty rows alone, where that is faster.
         """
         encoder: Any = self.encoder
-        can_encode_last = hasattr(encoder, "encode_last") and encoder.causal and not self.training
+        can_encode_last = agrees_with_forward(encoder, "encode_last") and encoder.causal and not self.training
         if not (can_encode_last and last_tokens_pay(layout, items)):
             return layout.at_end(self(items, layout, events))
         inputs = self.encoder_input(items, layout, events)
@@ -105,7 +106,7 @@ class SequenceEncoder(torch.nn.Module):
             raise UserError(
                 f"encode_incremental: {preprocessor} gives every event another position when one is appended"
             )
-        if not isinstance(self.encoder, IncrementalEncoder):
+        if not can_append(self.encoder):
             raise UserError(f"encode_incremental: {encoder} keeps nothing of a history; SASRec, HSTU and others do")
         if layout.attention_mask is not None:
             raise UserError(

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from generative_recommenders.modeling.cache import HistoryCache, IncrementalEncoder
+from generative_recommenders.modeling.cache import HistoryCache
+from generative_recommenders.modeling.encoders.base import can_append
 from generative_recommenders.modeling.events import columns_of
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
@@ -78,7 +79,7 @@ class Session:
 
     def _encode(self, model: SequenceRecommender, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         encoder: Any = model.sequence.encoder
-        appends = encoder.causal and isinstance(encoder, IncrementalEncoder) and model.mask_embedding is None
+        appends = encoder.causal and can_append(encoder) and model.mask_embedding is None
         appends = appends and model.sequence.preprocessor.appendable
         # past the window every position moves, and another request time brings no new event: both encode the window
         if not appends or self._total > self.window or self._encoded == self._total:

@@ -7,8 +7,11 @@ import torch
 
 from generative_recommenders.build.factories import get_sequential_encoder
 from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.base import TimedEncoder
-from generative_recommenders.modeling.encoders.sasrec import SasrecBlock
+from generative_recommenders.modeling.encoders.sasrec import SASRec, SasrecBlock
+from generative_recommenders.modeling.input_preprocessors import LearnablePositionalEmbeddingInputFeaturesPreprocessor
+from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 from tiny_models import contracted
 
@@ -64,6 +67,44 @@ def test_an_encoder_on_the_bases_needs_no_arguments() -> None:
     encoder = Own().eval()
     assert torch.equal(encoder(x, layout, events), encoder.blocks[0](x, layout))
     assert encoder.times(events) == (events["timestamps"], events["timestamps"])
+
+
+class Doubled(SASRec):
+    def forward(self, *inputs):
+        return 2.0 * super().forward(*inputs)
+
+
+class DoubledBlock(SasrecBlock):
+    def forward(self, *inputs):
+        return 2.0 * super().forward(*inputs)
+
+
+class DoubledBlockOverCache(DoubledBlock):
+    def keys_values(self, x):
+        return super().keys_values(x)
+
+    def over_cache(self, *inputs):
+        return 2.0 * super().over_cache(*inputs)
+
+
+@pytest.mark.parametrize("block", [None, DoubledBlock, DoubledBlockOverCache])
+@torch.no_grad()
+def test_a_forward_of_a_derived_class_decides_the_state_after_the_last_event(block: type[SasrecBlock] | None) -> None:
+    """What it inherits for queries and sessions is of another forward, and is taken where it says it anew."""
+    torch.manual_seed(0)
+    encoder = SASRec(WIDTH, num_heads=2) if block else Doubled(WIDTH, num_heads=2)
+    if block is not None:
+        encoder.blocks = torch.nn.ModuleList([block(WIDTH, 2, WIDTH) for _ in range(2)])
+    x, layout, events = tokens()
+    positions = LearnablePositionalEmbeddingInputFeaturesPreprocessor(COLUMNS, WIDTH)
+    sequence = SequenceEncoder(positions, encoder, torch.nn.Identity()).eval()
+    expected = layout.at_end(sequence(x, layout, events))
+    torch.testing.assert_close(sequence.last(x, layout, events), expected)
+    if block is DoubledBlockOverCache:
+        torch.testing.assert_close(sequence.append(None, x, layout, events)[0], expected)
+    else:
+        with pytest.raises(UserError, match="keeps nothing of a history"):
+            sequence.append(None, x, layout, events)
 
 
 @pytest.mark.parametrize(("form", "option"), DROPOUT_RATES)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
 
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import Appended, KeysValues, last_tokens
+from generative_recommenders.modeling.cache import (
+    Appended,
+    IncrementalEncoder,
+    KeysValues,
+    agrees_with_forward,
+    last_tokens,
+)
 from generative_recommenders.ops.attention.relative_bias import BiasInputs, Times, time_buckets
 from generative_recommenders.ops.jagged import jagged_to_padded
 from generative_recommenders.ops.layout import Layout
@@ -32,6 +38,7 @@ class BlockEncoder(torch.nn.Module):
 
     A block whose keys and values are projections may have ``over_inputs(x [R, D], inputs [R, C, D], lengths [R])`` too:
     the same for the last token of each row, from what the block takes of all its tokens, without keys and values.
+    Where a derived class has a ``forward`` of its own, only what it says anew of these is taken.
     """
 
     causal = True
@@ -62,10 +69,13 @@ class BlockEncoder(torch.nn.Module):
         """See `modeling.model.SequenceEncoder.last`: the last block has queries and a feed-forward of the last tokens
         alone."""
         *before, last = self.blocks
+        over_inputs = agrees_with_forward(last, "over_inputs")
+        if not over_inputs and not agrees_with_forward(last, "keys_values", "over_cache"):
+            return self(x, layout, events).index_select(0, layout.last_tokens[layout.lengths > 0])
         inputs = self.inputs(layout, events) if before else ()
         for block in before:
             x = block(x, layout, *inputs)
-        if hasattr(last, "over_inputs"):
+        if over_inputs:
             filled = layout.lengths > 0
             offsets = torch.cat([layout.starts[filled], layout.offsets[-1:]])
             of_rows, lengths = jagged_to_padded(x, offsets, layout.longest), layout.lengths[filled]
@@ -126,6 +136,16 @@ class TimedEncoder(BlockEncoder):
         if times is not None and appended.times is not None:
             buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
         return BiasInputs(self.max_length - 1 + appended.distances(), buckets)
+
+
+def can_append(encoder: torch.nn.Module) -> TypeGuard[IncrementalEncoder]:
+    """Whether an encoder and its blocks can encode incrementally, to the same states as by ``forward``."""
+    blocks = encoder.blocks if isinstance(encoder, BlockEncoder) else ()
+    return (
+        isinstance(encoder, IncrementalEncoder)
+        and agrees_with_forward(encoder, "encode_appended")
+        and all(agrees_with_forward(block, "keys_values", "over_cache") for block in blocks)
+    )
 
 
 def check_heads(width: int, num_heads: int) -> None:
