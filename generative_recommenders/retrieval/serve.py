@@ -26,6 +26,8 @@ MAX_SIMILAR = 10_000
 """Items in the answer to one request for similar ones."""
 MAX_FAULTS = 10
 """Of a request that the answer tells."""
+MAX_NAME = 200
+"""Characters that the answer to a faulty request repeats of a name in it."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 Ranked = list[dict[str, Any]]
@@ -308,8 +310,15 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def refuse(request: fastapi.Request, error: Any) -> Any:
         # Without what was sent: it may be long, and hold NaN and halves of surrogate pairs, which no answer can.
-        faults: Any = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()[:MAX_FAULTS]]
-        if "json" not in request.headers.get("content-type", "") and request.method == "POST":
+        faults: Any = [
+            {
+                "type": each["type"],
+                "loc": [part[:MAX_NAME] if isinstance(part, str) else part for part in each["loc"]],
+                "msg": each["msg"][:MAX_NAME],
+            }
+            for each in error.errors()[:MAX_FAULTS]
+        ]
+        if isinstance(error.body, bytes):  # by its header it was not to be read as JSON
             faults = "the header Content-Type of the request must be application/json"
         body = json.dumps({"detail": faults})
         return fastapi.Response(body, 422, media_type="application/json")

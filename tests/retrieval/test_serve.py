@@ -275,18 +275,21 @@ def test_faults_of_a_request_say_what_is_wrong(
 
 
 def test_a_faulty_request_has_a_short_answer(server: Server) -> None:
-    status, text = server.ask("POST", "/recommend", {"history": [None] * 9000})
-    assert status == 422 and len(text) < 3000
+    for faulty in ({"history": [None] * 9000}, {"x" * 900_000: 1}, {"history": [], "columns": {"x" * 900_000: [1]}}):
+        status, text = server.ask("POST", "/recommend", faulty)
+        assert status == 422 and len(text) < 3000
 
 
 def test_a_body_that_is_not_said_to_be_json_is_told_by_its_header(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    body = json.dumps({"history": ["i00003"]})
-    connection.request(
-        "POST", "/recommend", body, {"Content-Type": "application/x-www-form-urlencoded"}
-    )  # as curl does
-    response = connection.getresponse()
-    assert response.status == 422 and b"must be application/json" in response.read()
+    body = json.dumps({"history": ["i00003"], "k": 0})
+    for header, words in (
+        ("application/x-www-form-urlencoded", b"must be application/json"),  # as curl does
+        ("Application/JSON", b"greater than or equal to 1"),
+    ):
+        connection.request("POST", "/recommend", body, {"Content-Type": header})
+        response = connection.getresponse()
+        assert response.status == 422 and words in response.read()
 
 
 def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
