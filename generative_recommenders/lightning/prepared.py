@@ -173,7 +173,9 @@ class _TrainingBatches:
         if self.trainer is None:
             yield from self.loader.epoch(0)
         else:
-            yield from self.loader.epoch(self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1)
+            # After a fit its last step is still there, and a loader that somebody asks for then is a whole one.
+            first = self.trainer.fit_loop.batch_idx + 1 if self.trainer.training else 0
+            yield from self.loader.epoch(self.trainer.current_epoch, first)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the trainer keeps its epoch and step. Lightning knows by this method what can resume in an epoch."""

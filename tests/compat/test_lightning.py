@@ -314,6 +314,14 @@ def test_a_fit_resumes_where_it_was(tmp_path: Path, dataset: SequenceDataset, re
     assert not [each for each in recwarn if "not resumable" in str(each.message)]
 
 
+def test_the_training_batches_are_whole_after_a_fit(tmp_path: Path, dataset: SequenceDataset) -> None:
+    run = chosen()
+    own = DataModule(dataset.folder, run)
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(LightningModule(build_task(run, own.catalogue())), own)
+    batches = own.train_dataloader()
+    assert len(list(batches)) == len(batches) > 1
+
+
 class Given(torch.nn.Module):
     """Scores that the batch holds."""
 
