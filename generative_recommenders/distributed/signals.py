@@ -75,8 +75,8 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     For work that leaves nothing half done when it ends anywhere. Python raises only when the library's call that the
     main thread is in returns; where that takes longer than grace_seconds, the process ends with exit code
     `INTERRUPTED`. A library may keep the exception to itself, as imports that try something do, and Python drops one
-    from a finalizer: it is raised again until it arrives, and an error in its place is taken for it. A `StopRequest`
-    that is opened within takes the signals over.
+    from a finalizer: it is raised again until it arrives, at the end at last, and an error in its place is taken for
+    it. A `StopRequest` that is opened within takes the signals over.
     """
     raised, end = threading.Event(), b"\0"
 
@@ -108,6 +108,8 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
             finally:  # while there are handlers for what the watcher sends
                 os.write(writer, end)
                 watcher.join()
+        if raised.is_set():  # and kept until the end
+            raise KeyboardInterrupt
     except Exception as error:
         if raised.is_set():
             raise KeyboardInterrupt from error
@@ -119,9 +121,12 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
 
 
 def _interrupt_is_handled() -> bool:
-    """Whether the main thread is in a ``finally`` or an ``except`` that an interrupt has led to."""
+    """Whether the main thread is in a ``finally`` or an ``except`` that an interrupt has led to.
+
+    A generator that ends because its loop was left sees GeneratorExit in the place of what ended the loop.
+    """
     active: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
     error = active[1] if isinstance(active, tuple) else active  # a triple in Python 3.11
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    while error is not None and not isinstance(error, (KeyboardInterrupt, GeneratorExit)):
         error = error.__context__
     return error is not None

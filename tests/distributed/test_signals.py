@@ -79,6 +79,28 @@ def test_an_interrupt_that_a_library_keeps_to_itself_is_raised_again():
         pytest.fail("it went on")
 
 
+def test_an_interrupt_that_is_kept_until_the_end_is_raised_there():
+    """As where the last import of a program keeps it: what follows must not begin."""
+    with pytest.raises(KeyboardInterrupt), interrupts(), contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_generator_that_ends_on_an_interrupt_may_take_its_time():
+    ended = []
+
+    def batches():
+        try:
+            yield 1
+        finally:
+            time.sleep(1.5)
+            ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        for _ in batches():
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert ended
+
+
 def test_an_error_in_the_place_of_an_interrupt_is_taken_for_it():
     lock = threading.Lock()
     with pytest.raises(KeyboardInterrupt), interrupts():
