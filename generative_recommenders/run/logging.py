@@ -55,6 +55,9 @@ def set_up_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     logging.set_verbosity(level if is_main else logging.ERROR)
     warnings.formatwarning = _one_line
     python_logging.captureWarnings(True)
+    # Torch sets a level at the end of its import, and tells of its caches where the program ends before that.
+    if not (of_torch := python_logging.getLogger("torch")).level:
+        of_torch.setLevel(python_logging.WARNING)
     root = python_logging.getLogger()
     if not any(isinstance(handler, (_LogFile, _EarlyLines)) for handler in root.handlers):
         _early_lines.records.clear()
