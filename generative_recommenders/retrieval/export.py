@@ -70,7 +70,7 @@ def export_program(recommender: Recommender) -> torch.export.ExportedProgram:
         name = type(recommender.model.sequence.encoder).__name__
         # Of a size that cannot vary torch says why in a list below its first line.
         reasons = [line.strip(" -") for line in str(error).splitlines() if line.startswith("  - ")]
-        reason = (reasons or [first_line(error)])[0].split(". ")[0].rstrip(".")
+        reason = (reasons[0].split(". ")[0] if reasons else first_line(error)).rstrip(".")
         raise UserError(f"encoder {name} cannot be exported: {reason}; docs/extending.md says what can") from error
 
 

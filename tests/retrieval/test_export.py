@@ -106,11 +106,22 @@ class Neighbours(Loop):
         return layout.flatten(torch.nn.functional.pad(rows[:, 1:] - rows[:, :-1], (0, 0, 1, 0)))
 
 
+class Unfit(Loop):
+    """An encoder that says why by itself."""
+
+    def forward(self, x, layout, events):
+        raise ValueError("its heads divide no width, e.g. 3 of 16.")
+
+
 @pytest.mark.parametrize(
     ("encoder", "words"),
-    [(Loop, r"length .* a constant \(3\); docs"), (Neighbours, r"values of length .* guard .*; docs")],
+    [
+        (Loop, r"length .* a constant \(3\); docs"),
+        (Neighbours, r"values of length .* guard .*; docs"),
+        (Unfit, r"its heads divide no width, e\.g\. 3 of 16; docs"),
+    ],
 )
-def test_an_encoder_of_some_lengths_alone_is_refused_with_why(
+def test_an_encoder_that_cannot_be_exported_is_refused_with_why(
     tmp_path: Path, dataset: SequenceDataset, encoder: type[torch.nn.Module], words: str
 ) -> None:
     rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "SASRec"})[0])
