@@ -274,6 +274,21 @@ class BodyLimit:
         return await self.app(scope, replay, send)
 
 
+def faults_of(error: Any) -> list[dict[str, Any]] | str:
+    """What an answer tells of FastAPI's RequestValidationError: the first faults, without what was sent, which may be
+    long, and hold NaN and halves of surrogate pairs, which no answer can."""
+    if isinstance(error.body, bytes):  # by its header it was not to be read as JSON
+        return "the header Content-Type of the request must be application/json"
+    return [
+        {
+            "type": each["type"],
+            "loc": [part[:MAX_NAME] if isinstance(part, str) else part for part in each["loc"]],
+            "msg": each["msg"][:MAX_NAME],
+        }
+        for each in error.errors()[:MAX_FAULTS]
+    ]
+
+
 def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     """The FastAPI application; its page for trying it out is at /docs. UserError where the extra ``serve`` is
     missing."""
@@ -309,19 +324,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def refuse(request: fastapi.Request, error: Any) -> Any:
-        # Without what was sent: it may be long, and hold NaN and halves of surrogate pairs, which no answer can.
-        faults: Any = [
-            {
-                "type": each["type"],
-                "loc": [part[:MAX_NAME] if isinstance(part, str) else part for part in each["loc"]],
-                "msg": each["msg"][:MAX_NAME],
-            }
-            for each in error.errors()[:MAX_FAULTS]
-        ]
-        if isinstance(error.body, bytes):  # by its header it was not to be read as JSON
-            faults = "the header Content-Type of the request must be application/json"
-        body = json.dumps({"detail": faults})
-        return fastapi.Response(body, 422, media_type="application/json")
+        return fastapi.Response(json.dumps({"detail": faults_of(error)}), 422, media_type="application/json")
 
     @app.post("/recommend", summary="The k best items after a history")
     async def recommend(request: RecommendRequest) -> dict[str, Any]:
