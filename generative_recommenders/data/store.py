@@ -68,7 +68,9 @@ class SequenceDataset:
         # The one column that is read whole: places of events are taken from it unchecked afterwards.
         if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
             raise UserError(f"{folder / OFFSETS}: damaged: it does not rise from 0 to the count of events")
-        for name in filter(manifest.counts.__contains__, ("items", "users", "unrated_items")):
+        for name in ("items", "users", "unrated_items"):
+            if name not in manifest.counts:
+                continue
             path, expected = folder / f"{name}.parquet", manifest.counts[name]
             with _reading(path):
                 metadata = pq.read_metadata(path)
